@@ -1,0 +1,86 @@
+"""xoron-core: composes any-to-any multimodal models from installed plug-ins.
+
+Importing this package imports neither torch nor transformers; each name below is imported when it
+is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+__version__ = importlib.metadata.version("xoron-core")
+
+_LAZY = {
+    "compose": "xoron_core.api",
+    "load": "xoron_core.api",
+    "save": "xoron_core.api",
+    "load_slot": "xoron_core.folder",
+    "registry": "xoron_core.plugins",
+    "Session": "xoron_core.session",
+    "XoronConfig": "xoron_core.configuration",
+    "XoronModel": "xoron_core.model",
+    "XoronMultimodalModel": "xoron_core.model",
+    "XoronProcessor": "xoron_core.processor",
+    "TokenSpace": "xoron_core.tokens.space",
+    "apply_chat_template_to_tokenizer": "xoron_core.tokens.template",
+    "SPECIAL_TOKENS": "xoron_core.tokens.special_tokens",
+    "REASONING_TOKENS": "xoron_core.tokens.special_tokens",
+    "UNCERTAINTY_TOKENS": "xoron_core.tokens.special_tokens",
+    "get_special_tokens_list": "xoron_core.tokens.special_tokens",
+    "get_reasoning_tokens": "xoron_core.tokens.special_tokens",
+    "strip_hidden_tokens": "xoron_core.tokens.special_tokens",
+}
+
+if TYPE_CHECKING:
+    from xoron_core.api import compose, load, save
+    from xoron_core.configuration import XoronConfig
+    from xoron_core.folder import load_slot
+    from xoron_core.model import XoronModel, XoronMultimodalModel
+    from xoron_core.plugins import registry
+    from xoron_core.processor import XoronProcessor
+    from xoron_core.session import Session
+    from xoron_core.tokens.space import TokenSpace
+    from xoron_core.tokens.special_tokens import (
+        REASONING_TOKENS,
+        SPECIAL_TOKENS,
+        UNCERTAINTY_TOKENS,
+        get_reasoning_tokens,
+        get_special_tokens_list,
+        strip_hidden_tokens,
+    )
+    from xoron_core.tokens.template import apply_chat_template_to_tokenizer
+
+__all__ = [
+    "compose",
+    "load",
+    "save",
+    "load_slot",
+    "registry",
+    "Session",
+    "XoronConfig",
+    "XoronModel",
+    "XoronMultimodalModel",
+    "XoronProcessor",
+    "TokenSpace",
+    "apply_chat_template_to_tokenizer",
+    "SPECIAL_TOKENS",
+    "REASONING_TOKENS",
+    "UNCERTAINTY_TOKENS",
+    "get_special_tokens_list",
+    "get_reasoning_tokens",
+    "strip_hidden_tokens",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'xoron_core' has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,55 @@
+"""Which package brings what, so that a missing part answers with the `pip install` line.
+
+Only our own packages stand here: a third party's plug-in cannot be known before it is installed.
+"""
+
+from __future__ import annotations
+
+_PACKAGES = ("core", "llm", "vision", "video", "audio", "gen", "train", "synth", "export")
+_COMPONENTS = {
+    "backbone/xoron-moe": "xoron-llm",
+    "backbone/hf": "xoron-llm",
+    "tokenizer/byte": "xoron-llm",
+    "tokenizer/qwen2.5": "xoron-llm",
+    "encoder/siglip": "xoron-vision",
+    "projector/perceiver": "xoron-vision",
+    "projector/perceiver-mlp": "xoron-vision",
+    "codec/titok-fsq": "xoron-vision",
+    "autoencoder/kl-image": "xoron-vision",
+    "autoencoder/vidtok": "xoron-video",
+    "codec/rvq-audio": "xoron-audio",
+    "generator/moe-dit": "xoron-gen",
+}
+_SLOTS = {
+    "backbone": "xoron-llm",
+    "tokenizer": "xoron-llm",
+    "image.encoder": "xoron-vision",
+    "image.projector": "xoron-vision",
+    "image.codec": "xoron-vision",
+    "image.generator": "xoron-gen",
+    "video.encoder": "xoron-video",
+    "video.generator": "xoron-gen",
+    "audio.encoder": "xoron-audio",
+    "audio.codec": "xoron-audio",
+}
+_COMMANDS = {"train": "xoron-train", "synth": "xoron-synth", "export": "xoron-export"}
+
+
+def install_plugin(name: str) -> str | None:
+    """Returns the package of one of our plug-ins."""
+    return f"xoron-{name}" if name in _PACKAGES else None
+
+
+def install_component(key: str) -> str | None:
+    """Returns the package of one of our components, by `kind/name`."""
+    return _COMPONENTS.get(key)
+
+
+def install_slot(slot: str) -> str | None:
+    """Returns the package that usually fills a slot."""
+    return _SLOTS.get(slot)
+
+
+def install_command(name: str) -> str | None:
+    """Returns the package that brings a sub-command."""
+    return _COMMANDS.get(name)

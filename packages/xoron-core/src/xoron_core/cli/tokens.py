@@ -1,0 +1,86 @@
+"""`xoron tokens show|verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xoron_core.cli.plugin_list import print_table
+from xoron_core.errors import FolderError, TokenSpaceError
+from xoron_core.tokens.space import TokenSpace
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Show or verify a token space.\n\nExample: xoron tokens show out/",
+)
+
+
+@app.command("show")
+def show(
+    folder: Annotated[Path, typer.Argument(help="A model folder or a token_space.json.")],
+    specials: Annotated[bool, typer.Option("--specials", help="List every special token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the canonical JSON.")] = False,
+) -> None:
+    """Show ranges, row count and hash.
+
+    Example: xoron tokens show out/ --specials
+    """
+    space = _read(folder)
+    if as_json:
+        print(space.to_json())
+        return
+    print(f"{space.size:,} rows, {space.hash}")
+    rows = [("RANGE", "KIND", "FIRST", "SIZE", "STATE")]
+    for found in space.ranges:
+        state = "hole" if found.removed else ""
+        rows.append((found.name, found.kind, str(found.start), str(found.size), state))
+    print_table(rows)
+    if specials:
+        print_table(
+            [("ID", "STRING", "TOKEN")]
+            + [(str(s.id), s.string, s.key + (" (alias)" if s.alias else "")) for s in space]
+        )
+
+
+@app.command("verify")
+def verify(folder: Annotated[Path, typer.Argument(help="A model folder.")]) -> None:
+    """Check that config, token space, tokenizer and weights of a folder agree.
+
+    Example: xoron tokens verify out/
+    """
+    space = _read(folder)
+    if not folder.is_dir():
+        print(f"ok: {space.hash}")
+        return
+    from transformers import AutoTokenizer
+
+    from xoron_core.folder import check_files, read_config, read_space
+
+    config, composition = read_config(folder)
+    read_space(folder, config.token_space_hash)
+    if composition.of_kind("tokenizer"):
+        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+        for special in space:
+            found = vocabulary.get(special.string)
+            if found != special.id:
+                raise TokenSpaceError(
+                    f"{folder}: tokenizer.json has {special.string!r} at {found}, the token space"
+                    f" at {special.id}; restore the folder's own tokenizer.json"
+                )
+    if config.vocab_size not in (None, space.size):
+        raise TokenSpaceError(
+            f"{folder}: config.json says {config.vocab_size} rows, the token space {space.size}"
+        )
+    check_files(folder)
+    print(json.dumps({"ok": True, "hash": space.hash, "rows": space.size}))
+
+
+def _read(folder: Path) -> TokenSpace:
+    if not folder.exists():
+        raise FolderError(f"{folder}: there is no such folder or file")
+    return TokenSpace.load(folder)

@@ -1,0 +1,354 @@
+"""The interface of every component kind.
+
+Legend of shapes: B batch rows, N positions of a sequence, D backbone width, M media items,
+L features of one item, E feature width, K positions that one item takes, T frames or steps,
+Q codebooks.
+
+A component's class is called as `Class(config, context)`; it must build on the meta device and
+must not read files or the network in its constructor. `forward` never changes persistent state:
+under activation recomputation, accumulation and dummy batches it would be counted wrongly.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from xoron_core.config import Config
+from xoron_core.tokens.space import CodecRange, TextBase, TokenSpace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MediaTensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a component may know of its composition while it is built.
+
+    Attributes:
+        slot: the slot it fills, e.g. `image.encoder`.
+        hidden_size: D of the backbone, or None where there is none.
+        feature_size: E of the encoder of the same modality, or None.
+        space: the token space, or None where no tokenizer and no codec is composed.
+        parts: the components built before this one, by slot (`{ref: slot}` names one).
+    """
+
+    slot: str
+    hidden_size: int | None = None
+    feature_size: int | None = None
+    space: TokenSpace | None = None
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class LossTerm(NamedTuple):
+    """A loss as a sum and the count it is to be divided by, globally, by whoever trains.
+
+    Attributes:
+        sum: scalar, differentiable.
+        count: scalar without gradient.
+        metrics: name to (sum, count), without gradient.
+    """
+
+    sum: Tensor
+    # Shadows tuple.count: it has to be a tuple, or FSDP's walk over outputs misses the tensors.
+    count: Tensor  # type: ignore[assignment]
+    metrics: Mapping[str, tuple[Tensor, Tensor]] = {}
+
+
+class Features(NamedTuple):
+    """Encoder or projector output.
+
+    Attributes:
+        values: (M, L, E).
+        mask: (M, L) bool, True where valid.
+        positions: (M, L, A) with A axes, fp32, or None.
+    """
+
+    values: Tensor
+    mask: Tensor
+    positions: Tensor | None = None
+
+
+class Codes(NamedTuple):
+    """Codec output: what a sequence carries, and what decoding needs beside it.
+
+    Attributes:
+        ids: (M, T, Q) int64, local to each codebook.
+        mask: (M, T) bool, True where valid.
+        metadata: one JSON-able mapping per item.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    metadata: Sequence[Mapping[str, Any]]
+
+
+class MediaProcessor(Protocol):
+    """Media to tensors, in data workers: picklable and weight-free."""
+
+    def load(self, media: Any) -> dict[str, Any]:
+        """One medium (as the modality's `load` returns it) to one item."""
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> MediaTensors:
+        """Items to the tensors that the component's methods take; first axis M."""
+
+    def num_positions(self, item: Mapping[str, Any]) -> int:
+        """The exact number of features (encoder) or ids per stream (codec) of an item."""
+
+
+class Part(nn.Module):
+    """What every neural component has, and what it may declare.
+
+    Attributes:
+        keep_fp32: names of sub-modules that stay in fp32 when the model is cast down.
+        entry_methods: methods other than `forward` that core may call from outside.
+    """
+
+    keep_fp32: tuple[str, ...] = ()
+    entry_methods: tuple[str, ...] = ()
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__()
+        self.config = config
+        self.slot = context.slot
+
+    @classmethod
+    def processor(cls, config: Any) -> MediaProcessor | None:
+        """The processor for this component's media, or None if it takes none."""
+        return None
+
+    def dummy_batch(self) -> MediaTensors:
+        """A smallest valid batch, without randomness, for ranks that lack this modality."""
+        raise NotImplementedError(f"{type(self).__name__} declares no dummy_batch")
+
+    def load_source_weights(self, generator: torch.Generator) -> None:
+        """Loads pretrained weights that the config names; called once, by compose.
+
+        Args:
+            generator: for whatever the source does not have, such as new vocabulary rows.
+        """
+
+    def active_parameters(self) -> int:
+        """Parameters that one position uses; fewer than all where experts are routed."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def reset_buffers(self) -> None:
+        """Recomputes non-persistent buffers after a load."""
+
+    def aux_losses(self) -> dict[str, LossTerm]:
+        """Losses of the last `forward` that the component itself defines."""
+        return {}
+
+    def after_optimizer_step(self, stats: Mapping[str, Tensor]) -> None:
+        """Updates what is learned outside the gradient from all-reduced statistics."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Not a module: it is saved as `tokenizer.json`."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        self.config = config
+
+    @abstractmethod
+    def text_base(self) -> TextBase:
+        """Size, identity and owned special strings of the base vocabulary."""
+
+    @abstractmethod
+    def base(self) -> PreTrainedTokenizerFast:
+        """The base tokenizer, whose ids are `0 .. text_base().size - 1`."""
+
+
+class BackboneOutput(NamedTuple):
+    """Attributes: hidden (B, N, D); cache, or None when caching is off."""
+
+    hidden: Tensor
+    cache: Any = None
+
+
+class Backbone(Part):
+    """Embeddings to hidden states; owns the input embedding and the head.
+
+    Attributes:
+        hidden_size: D.
+        position_kind: `1d` for (B, N) positions, `mrope` for (3, B, N).
+        honours_documents: whether `document_ids` keep packed documents apart.
+        fusion_layers: indices at which a fusion may be inserted.
+        model: the transformers causal language model that is wrapped.
+    """
+
+    hidden_size: int
+    position_kind: str = "1d"
+    honours_documents: bool = True
+    fusion_layers: tuple[int, ...] = ()
+    model: Any
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, N) ids to (B, N, D)."""
+
+    @abstractmethod
+    def forward(
+        self,
+        embeddings: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool = False,
+    ) -> BackboneOutput:
+        """Runs the layers.
+
+        Args:
+            embeddings: (B, N, D).
+            attention_mask: (B, past + N), 1 valid and 0 padding, or None.
+            position_ids: (B, N) or (3, B, N), or None for counting from the mask.
+            document_ids: (B, N), 1.. per document and 0 for padding, or None. Positions of
+                different documents never see each other.
+            cache: a transformers `Cache`, or None.
+            use_cache: whether to make a cache when none is given.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., rows)."""
+
+    @abstractmethod
+    def resize_rows(self, rows: int, new_rows: Tensor, generator: torch.Generator) -> None:
+        """Gives embedding and head `rows` rows. Those listed in `new_rows` (int64) are drawn
+        from N(0, 0.02); every other row keeps its value bit for bit."""
+
+    def hf_fields(self) -> dict[str, Any]:
+        """Fields that transformers reads from a model's config (num_hidden_layers, ...)."""
+        return {}
+
+
+class Encoder(Part):
+    """Media batch to features. Attribute `feature_size`: E."""
+
+    feature_size: int
+
+    @abstractmethod
+    def forward(self, **media: Tensor) -> Features:
+        """Collated tensors to features (M, L, E)."""
+
+
+class Projector(Part):
+    """Features (M, L, E) to backbone space (M, K, D)."""
+
+    @abstractmethod
+    def forward(self, features: Features) -> Features:
+        """The result's mask tells which of the K positions an item really takes."""
+
+    @classmethod
+    @abstractmethod
+    def num_positions(cls, config: Any, num_features: int) -> int:
+        """The exact number of positions for an item with `num_features` features."""
+
+
+class Codec(Part):
+    """Media to discrete ids and back."""
+
+    entry_methods = ("encode", "decode")
+
+    @classmethod
+    @abstractmethod
+    def ranges(cls, config: Any) -> list[CodecRange]:
+        """The id ranges it needs, one per codebook, with its identity and rate."""
+
+    @classmethod
+    def frame_limits(cls, config: Any) -> tuple[int, int]:
+        """The fewest and the most steps T that a generated item may have."""
+        return 1, 4096
+
+    @abstractmethod
+    def encode(self, **media: Tensor) -> Codes:
+        """Collated tensors to codes, without gradient."""
+
+    @abstractmethod
+    def decode(self, ids: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Any:
+        """(M, T, Q) local ids and metadata to media; generated ids come with empty metadata."""
+
+    def forward(self, **media: Tensor) -> dict[str, Tensor]:
+        """The training path: `reconstruction`, and what this codec's losses need."""
+        raise NotImplementedError(f"{type(self).__name__} is not trainable")
+
+
+class Autoencoder(Part):
+    """Media to continuous latents and back."""
+
+    entry_methods = ("encode", "decode")
+
+    @abstractmethod
+    def encode(self, **media: Tensor) -> Tensor:
+        """Collated tensors to latents, first axis M."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to media."""
+
+    def forward(self, **media: Tensor) -> dict[str, Tensor]:
+        """The training path: `reconstruction`, and what this autoencoder's losses need."""
+        raise NotImplementedError(f"{type(self).__name__} is not trainable")
+
+
+class Generator(Part):
+    """Backbone hidden states at its own query positions to media."""
+
+    entry_methods = ("sample",)
+
+    @abstractmethod
+    def queries(self) -> Tensor:
+        """(K, D) learned inputs for the K positions it reads."""
+
+    @classmethod
+    @abstractmethod
+    def num_queries(cls, config: Any) -> int:
+        """K."""
+
+    @abstractmethod
+    def encode_target(self, **media: Tensor) -> Tensor:
+        """Collated target media to training targets, without gradient; cacheable."""
+
+    @abstractmethod
+    def loss(self, hidden: Tensor, target: Tensor, rng: torch.Generator) -> LossTerm:
+        """Hidden states (M, K, D) and targets to a loss."""
+
+    @abstractmethod
+    def target_count(self, **media: Tensor) -> Tensor:
+        """The count that `loss` will return for these media, before any forward."""
+
+    @abstractmethod
+    def sample(self, hidden: Tensor, rng: torch.Generator, **options: Any) -> Any:
+        """Hidden states (M, K, D) to media."""
+
+
+class Fusion(Part):
+    """Cross-attention of text on media features at declared backbone layers."""
+
+    @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """Backbone layers after which it is applied."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, features: Features, layer: int) -> Tensor:
+        """(B, N, D) to (B, N, D); exactly the identity at initialisation."""
+
+
+class Loss(Part):
+    """Model outputs and batch to a sum and a count; its own parameters are training-only."""
+
+    @abstractmethod
+    def forward(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> LossTerm:
+        """`outputs` holds each trained slot's `forward` result by slot."""
+
+    @abstractmethod
+    def count(self, batch: Mapping[str, Any]) -> Tensor:
+        """The count that `forward` will return for this batch, before any forward."""

@@ -1,0 +1,388 @@
+"""`XoronModel`: the composed model, one transformers model over whatever parts there are.
+
+Everything trains through `forward`, because distribution, offload and compilation wrap only that:
+encoders, projectors, the backbone, generators' losses and backbone-less codecs all run inside it.
+What a component may be asked from outside (`encode`, `decode`, `sample`) goes through `call`.
+
+Footguns:
+- Slot modules live under `slots`, dots in slot names written as double underscores.
+
+Shapes: B rows, N positions, D backbone width, V rows of the token space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from xoron_core import advice, fill, losses
+from xoron_core.components import (
+    Autoencoder,
+    Backbone,
+    Codec,
+    Encoder,
+    Features,
+    Generator,
+    Loss,
+    LossTerm,
+    Part,
+    Projector,
+)
+from xoron_core.composer.composition import Composition
+from xoron_core.composer.parts import build_parts
+from xoron_core.composer.space import allocate_space
+from xoron_core.configuration import XoronConfig
+from xoron_core.errors import CompositionError, PluginError, TokenSpaceError
+from xoron_core.outputs import XoronOutput
+from xoron_core.plugins import Registry
+from xoron_core.plugins import registry as installed
+from xoron_core.tokens.space import TokenSpace
+from xoron_core.transformers_model import TransformersModel
+
+Batch = Mapping[str, Any]
+
+
+class Slots(nn.Module):
+    """The container of all parts; a dotted slot name becomes a module name with `__`."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for slot, part in parts.items():
+            name = slot.replace(".", "__")
+            if hasattr(self, name):
+                raise CompositionError(
+                    f"slot {slot!r} cannot be named so (torch modules have an attribute {name!r});"
+                    f" put it under a modality, e.g. {slot}.encoder"
+                )
+            self.add_module(name, part)
+
+    def get(self, slot: str) -> Any:
+        """The part in a slot, or None."""
+        return self._modules.get(slot.replace(".", "__"))
+
+
+class XoronModel(TransformersModel):
+    """A composed model.
+
+    Args:
+        config: carries the composition.
+        space: the token space of a saved model; None allocates it from the composition.
+        registry: the plug-ins to build from; None takes the installed ones.
+        seed: for the parts' initialisation.
+
+    Raises:
+        PluginError: if a component's plug-in is missing.
+        CompositionError, TokenSpaceError: if the parts do not fit.
+    """
+
+    def __init__(
+        self,
+        config: XoronConfig,
+        space: TokenSpace | None = None,
+        *,
+        registry: Registry | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(config)
+        registry = registry or installed()
+        composition = Composition.parse(config.composition)
+        space = space if space is not None else allocate_space(composition, registry)
+        if space is not None and config.token_space_hash not in (None, space.hash):
+            raise TokenSpaceError(
+                f"this model's config expects token space {config.token_space_hash}, got"
+                f" {space.hash}; load it with the token_space.json of its own folder"
+            )
+        parts, composition = build_parts(registry, composition, space, seed)
+        own = {name: part for name, part in parts.items() if composition.slots[name].ref is None}
+        self.space = space
+        self.composition = composition
+        self.slots = Slots(own)
+        self._aliases = {n: s.ref for n, s in composition.slots.items() if s.ref is not None}
+        config.composition = composition.data()
+        if space is not None:
+            config.token_space_hash = space.hash
+            config.vocab_size = space.size
+        if self.backbone is not None:
+            for key, value in self.backbone.hf_fields().items():
+                setattr(config, key, value)
+        self.post_init()
+
+    # parts
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """The backbone, or None in a composition without one."""
+        return self._first(Backbone)
+
+    def part(self, slot: str) -> Any:
+        """The component in a slot.
+
+        Raises:
+            PluginError: if the slot is empty, naming the package that usually fills it.
+        """
+        found = self.slots.get(self._aliases.get(slot, slot))
+        if found is None:
+            package = advice.install_slot(slot)
+            install = f"; run: pip install {package}, then compose it in" if package else ""
+            filled = ", ".join(self.composition.slots)
+            raise PluginError(
+                f"this model has nothing in slot {slot!r} (it has: {filled}){install}"
+            )
+        return found
+
+    def parts(self, kind: type) -> dict[str, Any]:
+        """Parts of one interface class, by slot, references left out."""
+        return {
+            name: self.slots.get(name)
+            for name, slot in self.composition.slots.items()
+            if slot.ref is None and isinstance(self.slots.get(name), kind)
+        }
+
+    def call(self, slot: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls an entry method that the component in `slot` declares, e.g. `encode`."""
+        part = self.part(slot)
+        if method not in part.entry_methods:
+            allowed = ", ".join(part.entry_methods) or "none"
+            raise CompositionError(
+                f"slot {slot!r} declares no method {method!r}; it has: {allowed}"
+            )
+        return getattr(part, method)(*args, **kwargs)
+
+    # forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        document_ids: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        media: Mapping[str, Mapping[str, Tensor]] | None = None,
+        seed: int | None = None,
+        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> XoronOutput:
+        """Runs whatever the batch holds.
+
+        Args:
+            input_ids: (B, N), or None for a batch of media alone.
+            attention_mask: (B, past + N), 1 valid.
+            position_ids: (B, N) or (3, B, N).
+            past_key_values: cache of the positions before these.
+            inputs_embeds: (B, N, D) instead of `input_ids`.
+            labels: (B, N), aligned with the inputs, -100 ignored; with them the result has losses
+                and no logits.
+            use_cache: whether to return a cache; off while training.
+            logits_to_keep: logits of the last positions only; 0 for all.
+            document_ids: (B, N), 1.. per packed document, 0 padding.
+            loss_weights: (B, N), weight of each label.
+            media: slot to its tensors and `spans` (see `xoron_core.fill`).
+            seed: for the generators' noise; None draws one from torch's global generator.
+
+        Raises:
+            SequenceError: if spans and media do not agree.
+        """
+        media = dict(media or {})
+        terms: dict[str, LossTerm] = {}
+        outputs = self._train_alone(media) if self._wants_losses(labels, media) else {}
+        hidden = cache = None
+        if input_ids is not None or inputs_embeds is not None:
+            backbone = self.need_backbone()
+            embeds, labels = self._embed(input_ids, inputs_embeds, labels, media)
+            hidden, cache = backbone(
+                embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                document_ids=document_ids,
+                cache=past_key_values,
+                use_cache=bool(use_cache) if use_cache is not None else not self.training,
+            )
+            if labels is not None:
+                terms["text"] = losses.text_loss(
+                    hidden,
+                    labels,
+                    backbone.logits,
+                    document_ids=document_ids,
+                    loss_weights=loss_weights,
+                )
+            if self._wants_losses(labels, media):
+                terms.update(self._generator_losses(hidden, media, seed))
+        batch = {"input_ids": input_ids, "labels": labels, "media": media}
+        if self._wants_losses(labels, media):
+            terms.update(self._slot_losses(outputs, batch))
+        return XoronOutput(
+            loss=_mean(terms),
+            logits=None
+            if hidden is None or labels is not None
+            else self._head(hidden, logits_to_keep),
+            past_key_values=cache,
+            hidden=hidden,
+            losses=terms or None,
+            outputs=outputs or None,
+        )
+
+    @torch.no_grad()
+    def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
+        """The counts that `forward(**batch)` will return with its losses, before it runs.
+
+        A trainer sums them over micro-batches and ranks and divides each loss's sum by the total,
+        so that accumulation, packing and world size do not change the gradient.
+        """
+        counts: dict[str, Tensor] = {}
+        if batch.get("labels") is not None:
+            counts["text"] = losses.text_count(
+                batch["labels"], batch.get("document_ids"), batch.get("loss_weights")
+            )
+        media = batch.get("media") or {}
+        for slot, generator in self.parts(Generator).items():
+            if slot in media:
+                _, tensors = fill.split_spans(media[slot])
+                counts[slot] = generator.target_count(**tensors)
+        for slot, loss in self.parts(Loss).items():
+            counts[slot] = loss.count(batch)
+        return counts
+
+    def _wants_losses(self, labels: Tensor | None, media: Mapping[str, Any]) -> bool:
+        return labels is not None or (self.training and bool(media))
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        labels: Tensor | None,
+        media: Mapping[str, Mapping[str, Tensor]],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Ids and media to embeddings; placeholders of discrete media become ids, in labels too."""
+        for slot in media:
+            self.part(slot)  # an unknown slot is an error, never ignored
+        if input_ids is not None:
+            for slot, codec in self.parts(Codec).items():
+                spans, tensors = fill.split_spans(media.get(slot, {}))
+                if spans is not None:
+                    input_ids, labels = self._write_codes(
+                        slot, codec, spans, tensors, input_ids, labels
+                    )
+        embeds = inputs_embeds
+        if embeds is None:
+            embeds = self.need_backbone().embed(cast(Tensor, input_ids))
+        for slot, encoder in self.parts(Encoder).items():
+            projector = self.slots.get(slot.rpartition(".")[0] + ".projector")
+            if not isinstance(projector, Projector):
+                continue
+            spans, tensors = fill.split_spans(media.get(slot, {}))
+            if spans is not None:
+                tokens: Features = projector(encoder(**tensors))
+                embeds = fill.inject(embeds, spans, tokens, slot)
+            elif self.training and (_trainable(encoder) or _trainable(projector)):
+                embeds = embeds + 0.0 * projector(encoder(**_dummy(encoder, embeds))).values.sum()
+        for slot, generator in self.parts(Generator).items():
+            spans, _ = fill.split_spans(media.get(slot, {}))
+            if spans is not None:
+                queries = generator.queries().expand(len(spans), -1, -1)
+                mask = queries.new_ones(queries.shape[:2], dtype=torch.bool)
+                embeds = fill.inject(embeds, spans, Features(queries, mask), slot)
+        return embeds, labels
+
+    def _write_codes(
+        self,
+        slot: str,
+        codec: Codec,
+        spans: Tensor,
+        tensors: dict[str, Tensor],
+        input_ids: Tensor,
+        labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert self.space is not None
+        with torch.no_grad():
+            codes = codec.encode(**tensors)
+        ranges = fill.codec_range_names(type(codec), codec.config)
+        learned = labels is not None and (labels != losses.IGNORE)
+        ids = fill.write_codes(input_ids, spans, codes, ranges=ranges, space=self.space, slot=slot)
+        if labels is not None:
+            labels = torch.where(cast(Tensor, learned), ids, labels)
+        return ids, labels
+
+    def _generator_losses(
+        self, hidden: Tensor, media: Mapping[str, Mapping[str, Tensor]], seed: int | None
+    ) -> dict[str, LossTerm]:
+        terms: dict[str, LossTerm] = {}
+        for slot, generator in self.parts(Generator).items():
+            rng = _rng(hidden.device, seed, slot)
+            spans, tensors = fill.split_spans(media.get(slot, {}))
+            if spans is not None:
+                with torch.no_grad():
+                    target = generator.encode_target(**tensors)
+                terms[slot] = generator.loss(fill.gather(hidden, spans, slot), target, rng)
+            elif self.training and _trainable(generator):
+                dummy = _dummy(generator, hidden)
+                with torch.no_grad():
+                    target = generator.encode_target(**dummy)
+                queries = generator.queries().expand(len(target), -1, -1)
+                term = generator.loss(queries + 0.0 * hidden.sum(), target, rng)
+                terms[slot] = LossTerm(0.0 * term.sum, torch.zeros_like(term.count))
+        return terms
+
+    def _train_alone(self, media: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Runs codecs and autoencoders on media that stand in no sequence: their own training."""
+        outputs: dict[str, Any] = {}
+        for slot, part in self.parts((Codec, Autoencoder)).items():  # type: ignore[arg-type]
+            spans, tensors = fill.split_spans(media.get(slot, {}))
+            if tensors and spans is None:
+                outputs[slot] = part(**tensors)
+        return outputs
+
+    def _slot_losses(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, LossTerm]:
+        terms = {slot: loss(outputs, batch) for slot, loss in self.parts(Loss).items()}
+        for slot in outputs:
+            for name, term in self.part(slot).aux_losses().items():
+                terms[f"{slot}/{name}"] = term
+        return terms
+
+    def _head(self, hidden: Tensor, keep: int) -> Tensor:
+        return self.need_backbone().logits(hidden[:, -keep:] if keep else hidden)
+
+    def need_backbone(self) -> Backbone:
+        """The backbone.
+
+        Raises:
+            PluginError: if there is none, naming what to install.
+        """
+        return self.backbone or cast(Backbone, self.part("backbone"))
+
+    def _first(self, kind: type) -> Any:
+        return next(iter(self.parts(kind).values()), None)
+
+
+class XoronMultimodalModel(XoronModel):
+    """The published name of `XoronModel`."""
+
+
+def _mean(terms: Mapping[str, LossTerm]) -> Tensor | None:
+    if not terms:
+        return None
+    return cast(Tensor, sum(term.sum / term.count.clamp(min=1) for term in terms.values()))
+
+
+def _trainable(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
+
+
+def _dummy(part: Part, like: Tensor) -> dict[str, Tensor]:
+    return {name: tensor.to(like.device) for name, tensor in part.dummy_batch().items()}
+
+
+def _rng(device: torch.device, seed: int | None, slot: str) -> torch.Generator:
+    """A generator of its own for each slot, so that slots never share a stream."""
+    from xoron_core.composer.parts import slot_seed
+
+    base = int(torch.randint(2**62, ()).item()) if seed is None else seed
+    return torch.Generator(device).manual_seed(slot_seed(base, slot))

@@ -1,0 +1,112 @@
+"""Which rows may be decoded, and the sampling steps shared by `generate` and `Session`.
+
+A row that a request does not allow (a media begin marker, a codec id, a hole) is masked before any
+choice: an untrained row must not win an argmax.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from xoron_core.config import Config
+from xoron_core.errors import ConfigError
+from xoron_core.tokens.space import TokenSpace
+
+# Never part of an answer: padding, begin of text, the markers that open a turn, and media markers.
+_NEVER = {"bos", "pad", "system_start", "user_start", "assistant_start"}
+_MEDIA_GROUPS = ("xoron-core/multimodal",)
+
+
+class Sampling(Config):
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the k best, 0 for all.
+        top_p: keep the smallest set with this probability mass, 1 for all.
+        seed: for the draws; None takes a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def model_post_init(self, _: object) -> None:
+        """Refuses values outside their ranges."""
+        if self.temperature < 0:
+            raise ConfigError(f"temperature {self.temperature}: expected 0 or more; 0 is greedy")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k {self.top_k}: expected 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p}: expected a share in (0, 1]")
+
+    def warpers(self) -> LogitsProcessorList:
+        """transformers' own warpers for these settings, in its order."""
+        processors = LogitsProcessorList()
+        if self.temperature not in (0, 1):
+            processors.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            processors.append(TopPLogitsWarper(self.top_p))
+        return processors
+
+
+class AllowedRows(LogitsProcessor):
+    """Masks every row of the logits that is not allowed; rows beyond the mask are not allowed.
+
+    Args:
+        allowed: (V,) bool.
+    """
+
+    def __init__(self, allowed: Tensor) -> None:
+        self.allowed = allowed
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, N) ids and (B, V) scores to (B, V) scores."""
+        allowed = self.allowed.to(scores.device)
+        extra = scores.shape[-1] - allowed.numel()
+        if extra:
+            allowed = torch.cat([allowed, allowed.new_zeros(extra)])
+        return scores.masked_fill(~allowed, float("-inf"))
+
+
+def text_rows(space: TokenSpace) -> Tensor:
+    """(V,) bool: the rows a text answer may hold: the text base and the special tokens of groups
+    that belong to text, without media markers, padding and turn openers."""
+    allowed = torch.zeros(space.size, dtype=torch.bool)
+    allowed[: space.text_size] = True
+    for special in space:
+        if not special.alias:
+            text_group = special.group.startswith("xoron-core/")
+            allowed[special.id] = (
+                text_group and special.group not in _MEDIA_GROUPS and special.name not in _NEVER
+            )
+    return allowed
+
+
+def draw(scores: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+    """Chooses one id per row: (B, V) scores to (B,) ids.
+
+    Args:
+        scores: processed logits.
+        generators: one per row, so that a row's draws do not depend on its neighbours; None is
+            greedy.
+    """
+    if generators is None:
+        return scores.argmax(-1)
+    probabilities = scores.float().softmax(-1)
+    picks = [
+        torch.multinomial(row, 1, generator=generator)
+        for row, generator in zip(probabilities, generators, strict=True)
+    ]
+    return torch.cat(picks)

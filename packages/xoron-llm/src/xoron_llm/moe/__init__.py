@@ -1,0 +1,1 @@
+"""The xoron-moe language model: a decoder with grouped-query attention and mixture-of-experts."""

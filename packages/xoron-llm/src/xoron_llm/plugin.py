@@ -1,0 +1,61 @@
+"""What xoron-llm contributes, as data; nothing heavy is imported to answer."""
+
+from __future__ import annotations
+
+from xoron_core.descriptors import Component, Preset
+from xoron_core.hookspecs import hookimpl
+
+xoron_api = 1
+
+
+@hookimpl
+def xoron_components() -> list[Component]:
+    return [
+        Component(
+            kind="backbone",
+            name="xoron-moe",
+            modality="text",
+            factory="xoron_llm.backbone:XoronMoeBackbone",
+            config="xoron_llm.moe.config:MoeConfig",
+            summary="Decoder with grouped-query attention and mixture-of-experts layers.",
+        ),
+        Component(
+            kind="backbone",
+            name="hf",
+            modality="text",
+            factory="xoron_llm.backbone:HfBackbone",
+            config="xoron_llm.hf_config:HfConfig",
+            summary="Any transformers causal language model, by folder, Hub name or config.",
+        ),
+        Component(
+            kind="tokenizer",
+            name="byte",
+            modality="text",
+            factory="xoron_llm.tokenizers.byte:ByteTokenizer",
+            config="xoron_llm.tokenizers.config:ByteConfig",
+            summary="The bytes of UTF-8: 256 ids, lossless, needs no file.",
+        ),
+        Component(
+            kind="tokenizer",
+            name="qwen2.5",
+            modality="text",
+            factory="xoron_llm.tokenizers.qwen:QwenTokenizer",
+            config="xoron_llm.tokenizers.config:QwenConfig",
+            summary="The Qwen2.5 vocabulary of 151,643 ranks, with or without its added tokens.",
+            requires=("xoron-llm[qwen]",),
+        ),
+    ]
+
+
+@hookimpl
+def xoron_presets() -> list[Preset]:
+    return [
+        Preset("tiny", "xoron_llm:presets/tiny.yaml"),
+        Preset("xoron-dev", "xoron_llm:presets/xoron-dev.yaml"),
+        Preset("tiny", "xoron_llm:presets/xoron-moe-tiny.yaml", component="backbone/xoron-moe"),
+        Preset(
+            "xoron-dev",
+            "xoron_llm:presets/xoron-moe-xoron-dev.yaml",
+            component="backbone/xoron-moe",
+        ),
+    ]

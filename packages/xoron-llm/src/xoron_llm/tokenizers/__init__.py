@@ -1,0 +1,1 @@
+"""Text tokenizers: bytes, and the Qwen2.5 vocabulary."""

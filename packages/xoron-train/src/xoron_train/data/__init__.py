@@ -1,0 +1,1 @@
+"""Text documents in, packed batches out; all state on the way is restored exactly."""
