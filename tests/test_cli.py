@@ -4,6 +4,8 @@ of a user is one message with exit code 1 or 2 and no traceback."""
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,12 @@ def test_every_command_has_help_with_an_example(capsys):
         arguments = [*command.split()[1:], "--help"]
         out, _ = call(capsys, *arguments)
         assert "Example: xoron" in out, command
+
+
+def test_the_documented_command_line_is_the_real_one():
+    script = Path(__file__).parents[1] / "docs" / "generate.py"
+    out = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
 
 
 def test_compose_writes_what_python_composes(folder):

@@ -90,6 +90,14 @@ class Codes(NamedTuple):
     metadata: Sequence[Mapping[str, Any]]
 
 
+class Cost(NamedTuple):
+    """What one batch takes: sequence positions, floating-point operations, activation bytes."""
+
+    positions: int
+    flops: int
+    activation_bytes: int
+
+
 class MediaProcessor(Protocol):
     """Media to tensors, in data workers: picklable and weight-free."""
 
@@ -141,6 +149,22 @@ class Part(nn.Module):
 
     def reset_buffers(self) -> None:
         """Recomputes non-persistent buffers after a load."""
+
+    def cost(self, shapes: Mapping[str, torch.Size]) -> Cost:
+        """The cost of a forward pass on media of these shapes."""
+        raise NotImplementedError(f"{type(self).__name__} declares no cost")
+
+    def init_state(self) -> Any:
+        """The state before the first chunk of a stream; explicit, so that streams can interleave."""
+        raise NotImplementedError(f"{type(self).__name__} does not stream")
+
+    def step(self, chunk: Any, state: Any) -> tuple[Any, Any]:
+        """One chunk of a stream and the state before it to what is ready and the state after."""
+        raise NotImplementedError(f"{type(self).__name__} does not stream")
+
+    def finish(self, state: Any) -> Any:
+        """What is left when the stream ends; all pieces joined equal the whole at once."""
+        raise NotImplementedError(f"{type(self).__name__} does not stream")
 
     def aux_losses(self) -> dict[str, LossTerm]:
         """Losses of the last `forward` that the component itself defines."""

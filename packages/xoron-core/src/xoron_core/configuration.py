@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from xoron_core.errors import ConfigError, did_you_mean
 
@@ -123,3 +123,7 @@ def _from_flat_keys(kwargs: dict[str, Any]) -> dict[str, Any]:
                 f" Known: {', '.join(options)}."
             )
     return read_composition(registry(), preset="xoron-dev", data=nested).data()
+
+
+# AutoTokenizer looks a folder's model type up, too; the model classes are registered in `hf`.
+AutoConfig.register(XoronConfig.model_type, XoronConfig)

@@ -9,12 +9,11 @@ Importing `xoron_core` alone does not import transformers, so this is a module o
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from xoron_core.configuration import XoronConfig
 from xoron_core.model import XoronModel
 
-AutoConfig.register(XoronConfig.model_type, XoronConfig)
 AutoModel.register(XoronConfig, XoronModel)
 AutoModelForCausalLM.register(XoronConfig, XoronModel)
 

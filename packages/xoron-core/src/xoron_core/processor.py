@@ -88,8 +88,15 @@ class XoronProcessor:
 
     # conversations
 
-    def plan(self, messages: Sequence[Message], **template: Any) -> sequence.Plan:
-        """Lays out one conversation; `template` goes to the chat template.
+    def plan(
+        self, messages: Sequence[Message], *, train: bool = False, **template: Any
+    ) -> sequence.Plan:
+        """Lays out one conversation.
+
+        Args:
+            messages: Hugging Face chat messages.
+            train: whether to mark what is learned.
+            **template: for the chat template.
 
         Raises:
             SequenceError: if media and placeholders do not agree.
@@ -98,9 +105,11 @@ class XoronProcessor:
         tokenizer = self._need_tokenizer()
         space = cast(TokenSpace, self.space)
         placed = sequence.media_parts(messages, self.modalities)
-        encoded = encode_chat(tokenizer, space, messages, return_assistant_mask=True, **template)
+        encoded = encode_chat(tokenizer, space, messages, return_assistant_mask=train, **template)
         ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
-        learned = torch.tensor(encoded.assistant_mask, dtype=torch.bool)
+        learned = torch.zeros(len(ids), dtype=torch.bool)
+        if train:
+            learned = torch.tensor(encoded.assistant_mask, dtype=torch.bool)
         if not placed:
             return sequence.Plan(ids, learned)
         return sequence.expand(
@@ -134,7 +143,7 @@ class XoronProcessor:
         many = not isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Sequence[Message]], messages if many else [messages])
         template.setdefault("add_generation_prompt", not train)
-        plans = [self.plan(conversation, **template) for conversation in conversations]
+        plans = [self.plan(talk, train=train, **template) for talk in conversations]
         return BatchFeature(
             sequence.collate(
                 plans,

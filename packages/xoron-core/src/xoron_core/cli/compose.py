@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from xoron_core.cli.inspect import print_plan
+from xoron_core.cli.progress import working
 from xoron_core.errors import UsageError
 from xoron_core.plugins import registry
 
@@ -59,8 +60,9 @@ def compose(
             raise UsageError(
                 f"{output}: holds files that are no model; choose a new or empty folder"
             )
-        model, processor = build(planned, chosen, seed=seed)
-        save(model, processor, output)
+        with working(f"composing {composition.name}"):
+            model, processor = build(planned, chosen, seed=seed)
+            save(model, processor, output)
         logger.info("wrote %s", output)
     if as_json:
         print(json.dumps(planned.data() | {"folder": str(output) if output else None}, indent=2))

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from xoron_core.cli.progress import working
 from xoron_core.errors import UsageError
 
 
@@ -39,7 +40,8 @@ def generate(
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    model, processor = load(folder)
+    with working(f"loading {folder}"):
+        model, processor = load(folder)
     text = sys.stdin.read() if prompt == "-" else prompt
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})

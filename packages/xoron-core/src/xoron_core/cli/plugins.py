@@ -1,4 +1,4 @@
-"""`xoron plugins list|show`, with their options (the light path to `list` is in `xoron_core.cli`)."""
+"""`xoron plugins list|show` with options; the light path to `list` is in `xoron_core.cli`."""
 
 from __future__ import annotations
 
