@@ -1,5 +1,5 @@
-"""Proves composing: presets, published keys, pretrained bases and real tokenizers end in models whose
-ids, rows and templates are what the documents say."""
+"""Proves composing: presets, published keys, pretrained bases and real tokenizers end in models
+whose ids, rows and templates are what the documents say."""
 
 import json
 
@@ -29,10 +29,9 @@ FLAT = {
 @pytest.fixture(scope="module")
 def qwen_base(tmp_path_factory):
     """A tiny random Qwen3 with the real Qwen vocabulary, its 22 special tokens and padding rows."""
+    from xoron_core.components import Context
     from xoron_llm.tokenizers.config import QwenConfig
     from xoron_llm.tokenizers.qwen import QwenTokenizer
-
-    from xoron_core.components import Context
 
     folder = tmp_path_factory.mktemp("qwen3")
     torch.manual_seed(0)

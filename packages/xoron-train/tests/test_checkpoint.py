@@ -151,7 +151,7 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(
     for part in ("learning_rate (0.01 -> 0.02)", "max_steps (6 -> 9)", "mixture.words.exclude"):
         assert part in message
     assert "log_every" not in message
-    with pytest.raises(ConfigError, match="takes 2 rows, now .* is 4"):
+    with pytest.raises(ConfigError, match=r"takes 2 rows, now .* is 4"):
         train(new_recipe(batch_size=4), run, resume=True)
 
 

@@ -1,5 +1,5 @@
-"""Proves that a user's mistake is one message with exit code 1 or 2 and no traceback, and that results
-alone go to standard output."""
+"""Proves that a user's mistake is one message with exit code 1 or 2 and no traceback, and that
+results alone go to standard output."""
 
 from __future__ import annotations
 

@@ -61,8 +61,12 @@ def source(kind: str, path: Path, **keys: Any) -> Any:
 
 
 def drain(opened: Any, fraction: float = 0.0, seed: int = 3) -> list[str]:
-    cursor = Cursor(opened, seed=seed, eval_fraction=fraction, max_unreadable=0.0)
-    texts = []
+    return drain_cursor(Cursor(opened, seed=seed, eval_fraction=fraction, max_unreadable=0.0))
+
+
+def drain_cursor(cursor: Cursor) -> list[str]:
+    """The texts of one epoch."""
+    texts: list[str] = []
     while True:
         document = cursor.next()
         if cursor.epoch:
@@ -201,8 +205,7 @@ def test_unreadable_files_are_named_and_too_many_stop(
     ]
     strict = Cursor(opened, seed=0, eval_fraction=0.0, max_unreadable=0.04)
     with pytest.raises(DataError, match=r"1 of 20 documents are unreadable.*05\.txt: is not UTF-8"):
-        for _ in range(20):
-            strict.next()
+        drain_cursor(strict)
 
 
 def test_rows_without_text_are_unreadable(tmp_path: Path) -> None:

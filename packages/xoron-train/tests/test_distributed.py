@@ -1,5 +1,5 @@
-"""Proves that two processes train as one does with the same rows per optimizer step, and that a run may
-change its number of processes on the way."""
+"""Proves that two processes train as one does with the same rows per optimizer step, and that a
+run may change its number of processes on the way."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def test_two_processes_equal_one(
     two = tmp_path / "two"
     script = tmp_path / "main.py"
     script.write_text("from xoron_core.cli import main\nmain()\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    arguments = ["train", str(recipe), "--model", str(model), "-o", str(two)]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [str(script), "train", str(recipe), "--model", str(model), "-o", str(two)],
+        [*launcher, "--nproc-per-node", "2", str(script), *arguments],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,5 +1,5 @@
-"""Proves that the size of micro-batches does not change the gradient, that frozen tensors stay bit for
-bit, that losses are weighted globally, and that a loss that is not finite stops the run."""
+"""Proves that the size of micro-batches does not change the gradient, that frozen tensors stay bit
+for bit, that losses are weighted globally, and that a loss that is not finite stops the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Proves the values of the schedule, what weight decay spares, and the optimizer's state by name."""
+"""Proves the values of the schedule, what weight decay spares, and the optimizer's state by
+name."""
 
 from __future__ import annotations
 

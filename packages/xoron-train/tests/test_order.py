@@ -1,4 +1,5 @@
-"""Proves that orders are permutations fixed for all time, and that the split follows content alone."""
+"""Proves that orders are permutations fixed for all time, and that the split follows content
+alone."""
 
 from __future__ import annotations
 

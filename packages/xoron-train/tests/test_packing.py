@@ -1,5 +1,5 @@
-"""Proves that packing keeps every token exactly once with right documents and positions, that its state
-can be cut anywhere, and that a packed row's loss is the sum of its documents' losses."""
+"""Proves that packing keeps every token exactly once with right documents and positions, that its
+state can be cut anywhere, and that a packed row's loss is the sum of its documents' losses."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Proves that recipes are found by name or path, resolve to absolute paths and survive writing, and that
-the plug-in stays light."""
+"""Proves that recipes are found by name or path, resolve to absolute paths and survive writing, and
+that the plug-in stays light."""
 
 from __future__ import annotations
 

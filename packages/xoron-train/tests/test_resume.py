@@ -1,6 +1,6 @@
-"""Proves exact resume: a run killed with SIGKILL at random moments, twice, and resumed gives the same
-losses, evaluations and weights, bit for bit, as one that was never interrupted. Dropout is on, so the
-random generators take part."""
+"""Proves exact resume: a run killed with SIGKILL at random moments, twice, and resumed gives the
+same losses, evaluations and weights, bit for bit, as one that was never interrupted. Dropout is
+on, so the random generators take part."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 def test_killed_twice_and_resumed_equals_never_interrupted(
     recipe_file: Callable[..., Path], model_folder: Path, tmp_path: Path
 ) -> None:
-    seed = random.randrange(10_000)
+    seed = time.time_ns() % 10_000
     chance = random.Random(seed)  # noqa: S311 - no secret
     # A save takes longer than a step, so many of the kills fall into one.
     recipe = recipe_file(

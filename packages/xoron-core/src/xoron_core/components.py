@@ -155,7 +155,7 @@ class Part(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} declares no cost")
 
     def init_state(self) -> Any:
-        """The state before the first chunk of a stream; explicit, so that streams can interleave."""
+        """The state before the first chunk of a stream; explicit, so streams can interleave."""
         raise NotImplementedError(f"{type(self).__name__} does not stream")
 
     def step(self, chunk: Any, state: Any) -> tuple[Any, Any]:

@@ -23,7 +23,6 @@ from xoron_core.components import Backbone, BackboneOutput, Context
 from xoron_core.config import Config
 from xoron_core.errors import CompositionError, ConfigError, SequenceError
 from xoron_core.nn import masks
-from xoron_core.nn.moe import MoE
 from xoron_llm import hf
 from xoron_llm.hf_config import HfConfig
 from xoron_llm.moe.config import MoeConfig
@@ -91,6 +90,15 @@ class CausalLMBackbone(Backbone):
         """Gives embedding and head at least that many rows; see `xoron_llm.rows`."""
         resize_rows(self.model, rows, new_rows=new_rows, generator=generator)
 
+    def active_parameters(self) -> int:
+        """Parameters that one position uses: of routed experts, only the chosen ones."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        routed = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        experts = next((n for k in names if (n := getattr(self.text_config, k, None))), 1)
+        chosen = getattr(self.text_config, "num_experts_per_tok", None) or experts
+        return total - routed + routed * chosen // experts
+
     def hf_fields(self) -> dict[str, Any]:
         """What transformers' generation and caches read from a config."""
         fields = {name: getattr(self.text_config, name, None) for name in _FIELDS}
@@ -111,16 +119,6 @@ class XoronMoeBackbone(CausalLMBackbone):
         hf_config = hf.XoronMoeConfig(vocab_size=context.space.size, **config.hf_data())
         super().__init__(config, context, model=hf.XoronMoeForCausalLM(hf_config))
 
-    def active_parameters(self) -> int:
-        """All but the routed experts that a position is not sent to."""
-        idle = 0
-        for module in self.modules():
-            if isinstance(module, MoE):
-                routed = sum(p.numel() for p in module.experts.parameters())
-                experts = len(module.experts)
-                idle += routed * (experts - module.router.top_k) // experts
-        return super().active_parameters() - idle
-
 
 class HfBackbone(CausalLMBackbone):
     """Any transformers causal language model.
@@ -139,7 +137,7 @@ class HfBackbone(CausalLMBackbone):
         hf_config = _hf_config(config)
         text_config = hf_config.get_text_config()
         rows = context.space.size if context.space is not None else 0
-        text_config.vocab_size = max(text_config.vocab_size, rows)
+        text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), rows)
         super().__init__(config, context, model=_from_config(hf_config))
         types = set(getattr(self.text_config, "layer_types", None) or ())
         self.honours_documents = types <= _ATTENTION_LAYERS and self._implementation in (

@@ -43,13 +43,13 @@ def resize_rows(
     number = max(number, old)
     added = torch.arange(old, number)
     drawn = torch.cat([new_rows.to("cpu", torch.int64), added]).unique()
-    embedding.weight = _redrawn(embedding.weight, number, drawn, generator)
+    embedding.weight = _redrawn(cast(nn.Parameter, embedding.weight), number, drawn, generator)
     embedding.num_embeddings = number
     if head is not None:
         if tied:
             head.weight = embedding.weight
         else:
-            head.weight = _redrawn(head.weight, number, drawn, generator)
+            head.weight = _redrawn(cast(nn.Parameter, head.weight), number, drawn, generator)
         head.out_features = number
         if head.bias is not None and head.bias.shape[0] < number:
             bias = head.bias.new_zeros(number)

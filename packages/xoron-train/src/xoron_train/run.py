@@ -105,6 +105,9 @@ def train(
     if accelerator.is_main_process:
         _write_model(folder, loaded, processor)
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # Process groups that are left to the interpreter's exit may abort it.
+        accelerator.end_training()
     return Result(
         folder, trainer.step, final, time.monotonic() - begun, accelerator.is_main_process
     )
@@ -158,7 +161,7 @@ def _load(
     from xoron_core.api import load
     from xoron_core.folder import read_config
 
-    # Read first even where it is only compared: `load` would ask the Hub for a folder that is absent.
+    # Read first even where it is only compared: `load` would ask the Hub for an absent folder.
     config = None if model is None else read_config(model)[0]
     if checkpoint is None:
         if model is None:

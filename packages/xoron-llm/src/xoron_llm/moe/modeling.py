@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 from xoron_core.errors import SequenceError
 from xoron_core.nn import masks
 from xoron_core.nn.attention import Attention
+from xoron_core.nn.memory import align_weights
 from xoron_core.nn.mlp import SwiGLU
 from xoron_core.nn.moe import MoE, TopKRouter
 from xoron_core.nn.norms import RMSNorm
@@ -89,6 +90,13 @@ class XoronMoePreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"router"}
     _supports_sdpa = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": XoronMoeDecoderLayer}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; the weights give bit for bit the outputs they gave when saved."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         """Matrices, embedding and router from N(0, initializer_range); norms one."""
