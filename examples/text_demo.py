@@ -9,8 +9,8 @@ same training files, samples a continuation, and leaves in the output folder
     run/model/     the trained one (`xoron generate` opens it), beside metrics and checkpoints
     report.html    the loss curve, the numbers and the sample
 
-The exit code is 1 if the model does not beat order 2. `--smoke` makes three steps on a few files, to
-see that everything runs; it judges nothing.
+The exit code is 1 if the model does not beat order 2. `--smoke` makes three steps on a few files,
+to see that everything runs; it judges nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ def main() -> int:
 def demo(out: Path, *, steps: int | None, smoke: bool) -> int:
     """Composes, trains, judges and reports."""
     from xoron_core.api import compose, load, save
-
     from xoron_train import load_recipe, train
 
     begun = time.monotonic()
@@ -93,8 +92,8 @@ def demo(out: Path, *, steps: int | None, smoke: bool) -> int:
 def _overrides(steps: int | None, smoke: bool) -> list[str]:
     overrides = []
     if smoke:
-        # Seven steps' worth of files: enough that some are held out.
-        overrides += ["mixture.stdlib.pattern=[a-d]*.py", "max_steps=3", "eval_every=2"]
+        # Some sixty files: enough that some are held out.
+        overrides += ["mixture.stdlib.pattern='[a-d]*.py'", "max_steps=3", "eval_every=2"]
     if steps is not None:
         overrides.append(f"max_steps={steps}")
     return overrides
@@ -103,7 +102,6 @@ def _overrides(steps: int | None, smoke: bool) -> list[str]:
 def _judge(recipe, evaluation) -> Outcome:  # type: ignore[no-untyped-def]
     """Fits the baselines on the training files and scores them on the held-out bytes."""
     from xoron_core.errors import XoronError
-
     from xoron_train.baselines import ByteModel
     from xoron_train.data.stream import held_out_texts, training_texts
 
@@ -112,8 +110,8 @@ def _judge(recipe, evaluation) -> Outcome:  # type: ignore[no-untyped-def]
     size = sum(map(len, held_out))
     if size != evaluation["bytes"]:
         raise XoronError(
-            f"the model was scored on {evaluation['bytes']} bytes, the baselines would be on {size};"
-            " leave final_eval_batches unset"
+            f"the model was scored on {evaluation['bytes']} bytes, the baselines would be on"
+            f" {size}; leave final_eval_batches unset"
         )
     scores = {
         "unigram": ByteModel(0).fit(training).bits_per_byte(held_out),

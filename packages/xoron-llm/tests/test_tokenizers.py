@@ -35,6 +35,7 @@ TEXTS = [
     "日本語のテキスト、中文文本 한국어 텍스트.",
     "Привет, мир! Ελληνικά עברית العربية हिन्दी ไทย",
     "naïve façade Ångström Việt Nam",
+    "decomposed: e\u0301 A\u030a \u1100\u1161\u11a8 \u2126",
     "😀👩‍👩‍👧‍👦🏳️‍🌈 ZWJ and flags 🇩🇪",
     " \u00a0\u2003\u3000 spaces \r\n\r\n \t\t\n  x",
     "<|endoftext|><|im_start|>user\n<tool_call>",
@@ -125,6 +126,7 @@ def test_ranks_give_qwens_merges(ranks) -> None:
 
 
 def test_qwen_ids_are_tiktokens(oracle, dropped) -> None:
+    assert not all(unicodedata.is_normalized("NFC", text) for text in TEXTS)
     for text in TEXTS:
         nfc = unicodedata.normalize("NFC", text)
         expected = oracle.encode_ordinary(nfc)
@@ -210,7 +212,7 @@ def test_a_folder_keeps_its_own_added_tokens_and_template(tmp_path, kept) -> Non
     assert base.size == 151669 == len(opened)
     assert base.owned["<think>"] == 151667 == opened.convert_tokens_to_ids("<think>")
     assert opened.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
-    assert opened.eos_token == "<|endoftext|>"  # noqa: S105
+    assert opened.eos_token == "<|endoftext|>"
     drop = QwenTokenizer(QwenConfig(source=source, base_specials="drop"), CONTEXT)
     assert drop.text_base().size == 151643 == len(drop.base())
     file = QwenTokenizer(QwenConfig(source=f"{source}/tokenizer.json"), CONTEXT)

@@ -262,7 +262,9 @@ class Session:
 
 def _masked(scores: Tensor, allowed: list[Tensor]) -> Tensor:
     """(B, V) logits with everything masked that a row's mask does not allow."""
-    mask = torch.stack(allowed).to(scores.device)
+    # Rows in the same state share one mask; a large vocabulary is then not copied per row.
+    same = all(mask is allowed[0] for mask in allowed)
+    mask = (allowed[0][None] if same else torch.stack(allowed)).to(scores.device)
     extra = scores.shape[-1] - mask.shape[-1]
     if extra:  # a pretrained matrix may have more rows than the space
         mask = torch.cat([mask, mask.new_zeros(len(mask), extra)], dim=1)

@@ -51,7 +51,7 @@ def _grads(module: torch.nn.Module, output: torch.Tensor, probe: torch.Tensor) -
     return {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rms_norm_is_llamas(dtype: torch.dtype) -> None:
     ours, theirs = RMSNorm(64, eps=1e-5), LlamaRMSNorm(64, eps=1e-5)
     _load(ours, theirs)

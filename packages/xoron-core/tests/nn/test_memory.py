@@ -1,4 +1,4 @@
-"""Weights that a file left at an odd offset are moved to an aligned one, and nothing else changes."""
+"""Weights that a file left at an odd offset are moved to an aligned one; nothing else changes."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="A model folder.")]) -> N
                     f"{folder}: tokenizer.json has {special.string!r} at {found}, the token space"
                     f" at {special.id}; restore the folder's own tokenizer.json"
                 )
-    if config.vocab_size not in (None, space.size):
+    if config.vocab_size is not None and config.vocab_size < space.size:
         raise TokenSpaceError(
             f"{folder}: config.json says {config.vocab_size} rows, the token space {space.size}"
         )
