@@ -243,7 +243,7 @@ def test_without_a_backbone_it_composes_trains_saves_and_says_what_text_needs(to
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        losses.append(float(output.loss))
+        losses.append(float(output.loss.detach()))
     assert losses[-1] < 0.5 * losses[0], (losses[0], losses[-1])
     model.save_pretrained(tmp_path / "m")
     loaded, again = xoron_core.load(tmp_path / "m")

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from xoron_core import plugins
+from xoron_core import discovery, plugins
 from xoron_core.errors import PluginError
 
 GOOD = """
@@ -43,7 +43,7 @@ def install(tmp_path, monkeypatch):
 
 
 def found():
-    return plugins.discover(importlib.metadata.entry_points(group="xoron"))
+    return discovery.discover(importlib.metadata.entry_points(group="xoron"))
 
 
 def test_a_good_plugin_is_available_with_its_origin(install):

@@ -82,17 +82,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FolderError: if the file is missing, truncated or no safetensors file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with _explained(path):
         return load_file(path)
-    except FileNotFoundError:
-        raise FolderError(f"{path}: is missing; copy the folder again, whole") from None
-    except SafetensorError as error:
-        raise FolderError(
-            f"{path}: is truncated or not a safetensors file ({error}); copy it again"
-        ) from None
 
 
 def check_tensors(path: str | Path) -> None:
@@ -101,11 +94,18 @@ def check_tensors(path: str | Path) -> None:
     Raises:
         FolderError: as `read_tensors`.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
+
+    with _explained(path), safe_open(path, framework="numpy"):
+        pass
+
+
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="numpy"):
-            pass
+        yield
     except FileNotFoundError:
         raise FolderError(f"{path}: is missing; copy the folder again, whole") from None
     except SafetensorError as error:
