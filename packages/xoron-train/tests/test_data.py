@@ -156,10 +156,11 @@ def test_the_whole_training_stream_restored_goes_on_exactly(
     new_recipe: Callable[..., Recipe], corpus: Path, rows: int
 ) -> None:
     recipe = new_recipe(
+        shuffle_rows=7,
         mixture={
             "a": {"kind": "files", "path": str(corpus), "pattern": "0*.txt", "weight": 2.0},
             "b": {"kind": "files", "path": str(corpus), "pattern": "[1-3]*.txt"},
-        }
+        },
     )
     one, other = TrainStream(recipe, Plain()), TrainStream(recipe, Plain())
     one.rows(rows)
@@ -168,6 +169,15 @@ def test_the_whole_training_stream_restored_goes_on_exactly(
     for row, copy in zip(one.rows(150), other.rows(150), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(row, copy, strict=True))
     assert one.cursors["a"].epoch > 0  # it went round, so epochs are covered too
+
+
+def test_shuffled_rows_are_the_rows_of_each_block(new_recipe: Callable[..., Recipe]) -> None:
+    plain = TrainStream(new_recipe(shuffle_rows=1), Plain()).rows(24)
+    mixed = TrainStream(new_recipe(shuffle_rows=8), Plain()).rows(24)
+    texts = [[row.tokens.tolist() for row in rows] for rows in (plain, mixed)]
+    assert texts[0] != texts[1]
+    for start in range(0, 24, 8):
+        assert sorted(texts[0][start : start + 8]) == sorted(texts[1][start : start + 8])
 
 
 def test_the_mixture_holds_token_shares_whatever_the_documents_sizes(

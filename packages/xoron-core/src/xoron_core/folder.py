@@ -29,6 +29,7 @@ from xoron_core.composer.composition import Composition
 from xoron_core.composer.parts import build_part
 from xoron_core.configuration import XoronConfig
 from xoron_core.errors import FolderError, PluginError, TokenSpaceError
+from xoron_core.nn.memory import align_weights
 from xoron_core.plugins import Registry
 from xoron_core.plugins import registry as installed
 from xoron_core.storage import atomic_folder, check_tensors, read_tensors, recover, write_tensors
@@ -206,6 +207,7 @@ def open_model(from_pretrained: Callable[..., Any], path: Any, *args: Any, **kwa
             f" of another shape: {_some(sorted(map(str, info.get('mismatched_keys') or ())))}."
             " Copy the folder again, or load it with the package versions in its xoron.lock.json"
         )
+    align_weights(model)
     for slot, record in composition.slots.items():
         if record.freeze and record.ref is None and record.kind != "tokenizer":
             model.part(slot).requires_grad_(False)

@@ -104,6 +104,8 @@ class Recipe(Config):
             that copies of a document never fall on both sides. 0 evaluates nothing.
         max_unreadable: share of a source's documents that may be unreadable before the run stops.
         sequence_length: tokens per packed row.
+        shuffle_rows: packed rows that are shuffled together, so that the rows of one long document
+            do not follow each other; a checkpoint carries those still to come. 1 keeps the order.
         batch_size: rows per process and forward pass.
         gradient_accumulation_steps: forward passes per process and optimizer step.
         max_steps: optimizer steps.
@@ -137,6 +139,7 @@ class Recipe(Config):
     eval_fraction: float = Field(default=0.02, ge=0, le=0.5)
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
     sequence_length: int = Field(default=1024, ge=2)
+    shuffle_rows: int = Field(default=256, ge=1)
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     max_steps: int = Field(ge=1)

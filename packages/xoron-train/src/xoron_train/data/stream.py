@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xoron_core.errors import ConfigError
 from xoron_train.data.cursor import Cursor, held_out_documents
+from xoron_train.data.order import permutation
 from xoron_train.data.packing import Packer, Row
 from xoron_train.data.sources import open_source
 
@@ -62,8 +64,11 @@ class DocumentTokens:
 class TrainStream:
     """Endless rows of a recipe's training mixture.
 
+    Rows are shuffled in blocks of `shuffle_rows`: a long document fills many rows in sequence, and
+    they would otherwise make up whole optimizer steps.
+
     Args:
-        recipe: its mixture, seed, split and row length are used.
+        recipe: its mixture, seed, split, row length and shuffling are used.
         tokenize: text to the ids of a document.
     """
 
@@ -73,6 +78,10 @@ class TrainStream:
         self.cursors = {name: _cursor(recipe, name) for name in recipe.mixture}
         self.drawn = dict.fromkeys(self.cursors, 0)  # tokens taken from each source
         self.packer = Packer(recipe.sequence_length)
+        self.seed = recipe.seed
+        self.shuffle_rows = recipe.shuffle_rows
+        self.blocks = 0  # blocks packed so far
+        self.block: list[Row] = []  # rows of the current one that are still to come
 
     def check(self) -> None:
         """Reads one training document of each source, without moving the stream.
@@ -91,11 +100,11 @@ class TrainStream:
         """
         rows: list[Row] = []
         while len(rows) < count:
-            row = self.packer.pop()
-            if row is None:
-                self._draw()
-            else:
-                rows.append(row)
+            if not self.block:
+                self._pack_block()
+            taken = min(len(self.block), count - len(rows))
+            rows += self.block[:taken]
+            self.block = self.block[taken:]
         return rows
 
     def state_dict(self) -> StreamState:
@@ -103,8 +112,9 @@ class TrainStream:
         data = {
             "sources": {name: cursor.state_dict() for name, cursor in self.cursors.items()},
             "drawn": dict(self.drawn),
+            "blocks": self.blocks,
         }
-        return StreamState(data, self.packer.state_dict())
+        return StreamState(data, {**self.packer.state_dict(), **_stack(self.block)})
 
     def load_state_dict(self, state: StreamState) -> None:
         """Goes on where `state_dict` was taken.
@@ -115,7 +125,21 @@ class TrainStream:
         for name, cursor in self.cursors.items():
             cursor.load_state_dict(state.data["sources"][name])
         self.drawn = dict(state.data["drawn"])
+        self.blocks = state.data["blocks"]
+        self.block = _unstack(state.tensors)
         self.packer.load_state_dict(state.tensors)
+
+    def _pack_block(self) -> None:
+        rows: list[Row] = []
+        while len(rows) < self.shuffle_rows:
+            row = self.packer.pop()
+            if row is None:
+                self._draw()
+            else:
+                rows.append(row)
+        order = permutation(len(rows), self.seed, "rows", self.blocks)
+        self.block = [rows[index] for index in order.tolist()]
+        self.blocks += 1
 
     def _draw(self) -> None:
         name = max(self.cursors, key=self._deficit)
@@ -135,6 +159,20 @@ def _cursor(recipe: Recipe, source: str) -> Cursor:
         eval_fraction=recipe.eval_fraction,
         max_unreadable=recipe.max_unreadable,
     )
+
+
+def _stack(rows: list[Row]) -> dict[str, Tensor]:
+    """Rows as tensors (rows, N), int32 to keep checkpoints small."""
+    columns = zip(*rows, strict=True) if rows else [[]] * len(Row._fields)
+    return {
+        f"block.{name}": torch.from_numpy(np.array(column, np.int32))
+        for name, column in zip(Row._fields, columns, strict=True)
+    }
+
+
+def _unstack(tensors: dict[str, Tensor]) -> list[Row]:
+    columns = [tensors[f"block.{name}"].numpy().astype(np.int64) for name in Row._fields]
+    return [Row(*arrays) for arrays in zip(*columns, strict=True)]
 
 
 def held_out_rows(
