@@ -159,6 +159,12 @@ def test_strings_the_base_owns_are_aliased_and_its_template_is_the_default(qwen_
     assert processor.encode_text(text) == plain(text).input_ids
 
 
+def test_dropping_the_special_tokens_of_pretrained_weights_is_refused(qwen_base):
+    source = {"use": "qwen2.5", "source": str(qwen_base), "base_specials": "drop"}
+    with pytest.raises(CompositionError, match="base_specials: keep"):
+        xoron_core.compose({"tokenizer": source, "backbone": {"use": "hf", "path": str(qwen_base)}})
+
+
 def test_our_template_is_a_choice_over_a_pretrained_base(qwen_base):
     _, processor = compose_on(qwen_base, template="xoron")
     text = processor.tokenizer.apply_chat_template(

@@ -61,7 +61,13 @@ def _text_base(composition: Composition, registry: Registry) -> TextBase | None:
         raise CompositionError(
             f"one tokenizer is expected, got {', '.join(tokenizers)}; keep one of them"
         )
+    pretrained = any(slot.config.get("path") for slot in composition.of_kind("backbone").values())
     for name, slot in tokenizers.items():
+        if pretrained and slot.config.get("base_specials") == "drop":
+            raise CompositionError(
+                f"slot {name!r}: base_specials: drop over pretrained weights would give the base's"
+                " own special tokens new ids and new rows; write base_specials: keep"
+            )
         return build_tokenizer_part(registry, name, slot).text_base()
     return None
 
