@@ -20,8 +20,15 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xoron_core.model import XoronModel
+    from xoron_core.processor import XoronProcessor
+    from xoron_train.recipe import Recipe
 
 PROMPT = "import os\n\n\ndef read_lines(path):\n"
 _SAMPLE_TOKENS = 400
@@ -99,7 +106,7 @@ def _overrides(steps: int | None, smoke: bool) -> list[str]:
     return overrides
 
 
-def _judge(recipe, evaluation) -> Outcome:  # type: ignore[no-untyped-def]
+def _judge(recipe: Recipe, evaluation: Mapping[str, Any]) -> Outcome:
     """Fits the baselines on the training files and scores them on the held-out bytes."""
     from xoron_core.errors import XoronError
     from xoron_train.baselines import ByteModel
@@ -121,7 +128,7 @@ def _judge(recipe, evaluation) -> Outcome:  # type: ignore[no-untyped-def]
     return Outcome(scores, len(held_out), size)
 
 
-def _sample(model, processor, *, tokens: int) -> str:  # type: ignore[no-untyped-def]
+def _sample(model: XoronModel, processor: XoronProcessor, *, tokens: int) -> str:
     from xoron_core.events import TextDelta
     from xoron_core.sampling import Sampling
     from xoron_core.session import Session

@@ -77,6 +77,7 @@ def train(
     """
     from accelerate import Accelerator
 
+    from xoron_core.api import save
     from xoron_train.precision import accelerate_name, resolve_precision
     from xoron_train.trainer import Trainer
 
@@ -103,7 +104,7 @@ def train(
     final = trainer.fit(run, quiet=quiet)
     folder = run / "model"
     if accelerator.is_main_process:
-        _write_model(folder, loaded, processor)
+        save(loaded, processor, folder)
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         # Process groups that are left to the interpreter's exit may abort it.
@@ -199,12 +200,3 @@ def _write_recipe(run: Path, recipe: Recipe) -> None:
         raise FolderError(
             f"{run}: cannot be written ({error.strerror or error}); choose another -o folder"
         ) from None
-
-
-def _write_model(folder: Path, model: XoronModel, processor: XoronProcessor) -> None:
-    from xoron_core.folder import write_model
-    from xoron_core.storage import atomic_folder
-
-    with atomic_folder(folder) as aside:
-        write_model(model, aside)
-        processor.save_pretrained(aside)
