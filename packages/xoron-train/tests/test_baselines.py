@@ -42,7 +42,7 @@ def direct(order: int, fitted: list[bytes], scored: list[bytes]) -> float:
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-@settings(deadline=None, max_examples=30)  # each example sums over a table of 128 MB
+@settings(deadline=None, max_examples=15)  # each example sums over a table of 128 MB
 @given(data=st.data())
 def test_it_equals_the_direct_implementation(order: int, data: st.DataObject) -> None:
     if order == 2:
