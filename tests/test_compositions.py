@@ -87,7 +87,7 @@ def test_published_flat_keys_are_aliases_and_survive_a_round_trip():
         ({"hiden_size": 1}, "Did you mean 'hidden_size'"),
         ({"hidden_size": "wide"}, r"hidden_size.*integer.*'wide'"),
         ({"vocab_size": 151_643}, "cannot be chosen"),
-        ({"num_heads": 7}, "num_heads"),
+        ({"num_heads": 0}, "num_heads"),
     ],
 )
 def test_wrong_published_keys_are_refused(keys, words):
@@ -118,7 +118,11 @@ def test_a_published_size_is_exact_on_the_meta_device():
 
     planned = plan(read_composition(registry(), preset="xoron-dev"), registry())
     D, V, F, L, E = 1024, planned.space.size, 2048, 12, 8
-    attention, ffn = 4 * D * D, 3 * D * F
+    rank, rotary, heads, head = 512, 32, 16, 64
+    ffn = 3 * D * F
+    # Queries and output; latent with the shared rotary key, and its norm; keys and values.
+    attention = 2 * D * heads * head + D * (rank + rotary) + rank
+    attention += rank * heads * (head - rotary + head)
     dense = L * (attention + 2 * D) + (L // 2) * ffn
     experts = (L // 2) * ((E + 1) * ffn + E * D)
     assert planned.parameters == 2 * V * D + dense + experts + D

@@ -97,10 +97,11 @@ def test_two_plugins_offering_one_component_conflict_until_one_is_chosen(install
 
 def test_selection_keeps_core_and_disables_the_rest(install):
     install("heart", GOOD)
+    install("pulse", GOOD.replace("ecg", "ppg"))
     registry = found().select("heart")
     states = {plugin.name: plugin.state for plugin in registry.plugins}
     assert states["core"] == states["heart"] == "available"
-    assert states["train"] == "disabled"
+    assert states["pulse"] == "disabled"
     assert [name for name, state in states.items() if state == "available"] == ["core", "heart"]
     assert registry.select(None) is registry
 

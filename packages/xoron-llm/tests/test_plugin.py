@@ -57,9 +57,8 @@ def _preset(name: str, component: str | None) -> dict:
     return parse_yaml(resources.files(package).joinpath(path).read_text(), found.resource)[0]
 
 
-def test_xoron_dev_is_the_published_specification_and_the_default() -> None:
+def test_xoron_dev_is_the_published_specification() -> None:
     config = MoeConfig.parse(_preset("xoron-dev", "backbone/xoron-moe"))
-    assert config == MoeConfig()
     published = {
         "hidden_size": 1024,
         "num_layers": 12,
@@ -73,6 +72,12 @@ def test_xoron_dev_is_the_published_specification_and_the_default() -> None:
         "use_shared_expert": True,
     }
     assert {name: getattr(config, name) for name in published} == published
+    assert {name: getattr(MoeConfig(), name) for name in published} == published
+    assert (config.attention, config.kv_lora_rank, config.cache_width) == ("latent", 512, 544)
+    assert config.rope_scaling is not None
+    scaling = config.rope_scaling.parameters()
+    reach = scaling["factor"] * scaling["original_max_position_embeddings"]
+    assert (scaling["rope_type"], reach) == ("yarn", config.max_position_embeddings)
 
 
 @torch.no_grad()
@@ -102,7 +107,9 @@ def test_xoron_dev_plans_without_a_byte_of_weights() -> None:
     assert planned.space.text_size == 151643
     rows, width, inner = planned.space.size, 1024, 2048
     swiglu = 3 * width * inner
-    layers = 12 * (4 * width * width + 2 * width) + 6 * swiglu + 6 * (9 * swiglu + 8 * width)
+    # Query, latent and rotary key, latent norm, keys and values of 16 heads, output.
+    latent = width * width + width * 544 + 512 + 512 * 16 * (32 + 64) + width * width
+    layers = 12 * (latent + 2 * width) + 6 * swiglu + 6 * (9 * swiglu + 8 * width)
     total = 2 * rows * width + layers + width
     assert planned.parameters == total
     assert planned.rows[0].active == total - 6 * 6 * swiglu

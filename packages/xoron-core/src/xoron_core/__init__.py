@@ -19,6 +19,10 @@ _LAZY = {
     "load_slot": "xoron_core.folder",
     "registry": "xoron_core.plugins",
     "Session": "xoron_core.session",
+    "Sampling": "xoron_core.sampling",
+    "PrefixCache": "xoron_core.prefix",
+    "Chat": "xoron_core.chat",
+    "calibration": "xoron_core.confidence",
     "XoronConfig": "xoron_core.configuration",
     "XoronModel": "xoron_core.model",
     "XoronMultimodalModel": "xoron_core.model",
@@ -35,11 +39,15 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from xoron_core.api import compose, load, save
+    from xoron_core.chat import Chat
+    from xoron_core.confidence import calibration
     from xoron_core.configuration import XoronConfig
     from xoron_core.folder import load_slot
     from xoron_core.model import XoronModel, XoronMultimodalModel
     from xoron_core.plugins import registry
+    from xoron_core.prefix import PrefixCache
     from xoron_core.processor import XoronProcessor
+    from xoron_core.sampling import Sampling
     from xoron_core.session import Session
     from xoron_core.tokens.space import TokenSpace
     from xoron_core.tokens.special_tokens import (
@@ -59,6 +67,10 @@ __all__ = [
     "load_slot",
     "registry",
     "Session",
+    "Sampling",
+    "PrefixCache",
+    "Chat",
+    "calibration",
     "XoronConfig",
     "XoronModel",
     "XoronMultimodalModel",

@@ -173,6 +173,10 @@ class Part(nn.Module):
     def after_optimizer_step(self, stats: Mapping[str, Tensor]) -> None:
         """Updates what is learned outside the gradient from all-reduced statistics."""
 
+    def metrics(self, stats: Mapping[str, Tensor]) -> dict[str, float]:
+        """Numbers to log from the same statistics, by name."""
+        return {}
+
 
 class Tokenizer(ABC):
     """Text to ids and back. Not a module: it is saved as `tokenizer.json`."""
@@ -190,10 +194,13 @@ class Tokenizer(ABC):
 
 
 class BackboneOutput(NamedTuple):
-    """Attributes: hidden (B, N, D); cache, or None when caching is off."""
+    """Attributes: hidden (B, N, D); cache, or None when caching is off; its own losses, counted as
+    in `Backbone.loss_counts`; while training, statistics (sums) for `after_optimizer_step`."""
 
     hidden: Tensor
     cache: Any = None
+    losses: Mapping[str, LossTerm] = {}
+    statistics: Mapping[str, Tensor] = {}
 
 
 class Backbone(Part):
@@ -249,8 +256,23 @@ class Backbone(Part):
         """Gives embedding and head `rows` rows. Those listed in `new_rows` (int64) are drawn
         from N(0, 0.02); every other row keeps its value bit for bit."""
 
+    def linear_head(self) -> nn.Module | None:
+        """The head, if `logits` is exactly that module; the loss then makes no full logits."""
+        return None
+
     def hf_fields(self) -> dict[str, Any]:
         """Fields that transformers reads from a model's config (num_hidden_layers, ...)."""
+        return {}
+
+    def cache_width(self) -> int:
+        """How many numbers one cached position takes over all layers."""
+        fields = self.hf_fields()
+        heads = fields.get("num_key_value_heads") or fields["num_attention_heads"]
+        width = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+        return int(2 * fields["num_hidden_layers"] * heads * width)
+
+    def loss_counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The counts that `forward` will return with its own losses for this batch."""
         return {}
 
 

@@ -74,6 +74,13 @@ class Grammar:
             self._text[output.begin] = True
         self._ranges: dict[str, Tensor] = {}
 
+    @property
+    def longest_span(self) -> int:
+        """The most positions that one output span takes, markers included; 0 for text alone."""
+        return max(
+            (o.queries + o.frames[1] * len(o.ranges) + 2 for o in self.outputs.values()), default=0
+        )
+
     def begin(self, modality: str | None) -> State:
         """The first state; with a modality, its begin marker is the only way to start."""
         if modality is None:

@@ -194,11 +194,11 @@ class XoronModel(TransformersModel):
         media = dict(media or {})
         terms: dict[str, LossTerm] = {}
         outputs = self._train_alone(media) if self._wants_losses(labels, media) else {}
-        hidden = cache = None
+        hidden = cache = statistics = None
         if input_ids is not None or inputs_embeds is not None:
             backbone = self.need_backbone()
             embeds, labels = self._embed(input_ids, inputs_embeds, labels, media)
-            hidden, cache = backbone(
+            output = backbone(
                 embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -206,16 +206,20 @@ class XoronModel(TransformersModel):
                 cache=past_key_values,
                 use_cache=bool(use_cache) if use_cache is not None else not self.training,
             )
+            hidden, cache = output.hidden, output.cache
+            statistics = {backbone.slot: output.statistics} if output.statistics else None
             if labels is not None:
                 terms["text"] = losses.text_loss(
                     hidden,
                     labels,
                     backbone.logits,
+                    head=backbone.linear_head(),
                     document_ids=document_ids,
                     loss_weights=loss_weights,
                 )
             if self._wants_losses(labels, media):
                 terms.update(self._generator_losses(hidden, media, seed))
+                terms.update({f"{backbone.slot}/{k}": v for k, v in output.losses.items()})
         batch = {"input_ids": input_ids, "labels": labels, "media": media}
         if self._wants_losses(labels, media):
             terms.update(self._slot_losses(outputs, batch))
@@ -228,7 +232,13 @@ class XoronModel(TransformersModel):
             hidden=hidden,
             losses=terms or None,
             outputs=outputs or None,
+            statistics=statistics,
         )
+
+    def after_optimizer_step(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Hands each part the statistics of a step, summed over its micro-batches and processes."""
+        for slot, stats in statistics.items():
+            self.part(slot).after_optimizer_step(stats)
 
     @torch.no_grad()
     def loss_counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -243,6 +253,9 @@ class XoronModel(TransformersModel):
                 batch["labels"], batch.get("document_ids"), batch.get("loss_weights")
             )
         media = batch.get("media") or {}
+        if self.backbone is not None and self._wants_losses(batch.get("labels"), media):
+            own = self.backbone.loss_counts(batch)
+            counts |= {f"{self.backbone.slot}/{name}": count for name, count in own.items()}
         for slot, generator in self.parts(Generator).items():
             if slot in media:
                 _, tensors = fill.split_spans(media[slot])

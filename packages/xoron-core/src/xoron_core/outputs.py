@@ -24,6 +24,7 @@ class XoronOutput(ModelOutput):
         hidden: (B, N, D), the backbone's last hidden states.
         losses: name to `LossTerm`.
         outputs: slot to what that component's `forward` gave, for slots outside the sequence.
+        statistics: slot to name to sums; add them up over a step, then `after_optimizer_step`.
     """
 
     loss: torch.Tensor | None = None
@@ -32,3 +33,4 @@ class XoronOutput(ModelOutput):
     hidden: torch.Tensor | None = None
     losses: Mapping[str, LossTerm] | None = None
     outputs: Mapping[str, Any] | None = None
+    statistics: Mapping[str, Mapping[str, torch.Tensor]] | None = None

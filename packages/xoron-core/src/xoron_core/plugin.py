@@ -23,4 +23,5 @@ def xoron_commands() -> list[Command]:
         Command("schema", "xoron_core.cli.schema:schema", "Print a component's config schema."),
         Command("tokens", "xoron_core.cli.tokens:app", "Show or verify a token space."),
         Command("generate", "xoron_core.cli.generate:generate", "Generate from a prompt."),
+        Command("chat", "xoron_core.cli.chat:chat", "Talk to a model in the terminal."),
     ]

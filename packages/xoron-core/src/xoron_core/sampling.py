@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -32,32 +34,55 @@ class Sampling(Config):
         temperature: 0 is greedy.
         top_k: keep the k best, 0 for all.
         top_p: keep the smallest set with this probability mass, 1 for all.
+        min_p: keep what has at least this share of the best one's probability, 0 for all (Nguyen
+            et al. 2024).
+        repetition_penalty: above 1 makes ids that stand in the prompt or the answer less likely,
+            below 1 more (Keskar et al. 2019); also when greedy.
         seed: for the draws; None takes a fresh one.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
 
     def model_post_init(self, _: object) -> None:
         """Refuses values outside their ranges."""
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature {self.temperature}: expected 0 or more; 0 is greedy")
         if self.top_k < 0:
             raise ConfigError(f"top_k {self.top_k}: expected 0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p {self.top_p}: expected a share in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p {self.min_p}: expected a share in [0, 1]; 0 keeps all")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ConfigError(
+                f"repetition_penalty {self.repetition_penalty}: expected more than 0; 1 changes"
+                " nothing"
+            )
 
     def warpers(self) -> LogitsProcessorList:
-        """transformers' own warpers for these settings, in its order."""
+        """transformers' own processors for these settings, in its order.
+
+        They take the ids so far and scores that are masked already. Greedy decoding ignores all but
+        the penalty.
+        """
         processors = LogitsProcessorList()
-        if self.temperature not in (0, 1):
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature == 0:
+            return processors
+        if self.temperature != 1:
             processors.append(TemperatureLogitsWarper(self.temperature))
         if self.top_k:
             processors.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             processors.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            processors.append(MinPLogitsWarper(self.min_p))
         return processors
 
 

@@ -1,40 +1,33 @@
 """`Session`: messages in, typed events out.
 
-One position per row and step goes through the backbone, with a cache: an id, or one of a
-generator's query vectors. Rows of a batch are independent: each has its own random generator,
-grammar state and end, so a row says the same alone and beside others.
+It prepares a request (template, media, grammar, cache) and hands it to `decoding`, or with a draft
+model to `speculative`. Rows of a batch are independent: a row says the same alone and beside
+others.
 
-For greedy text it agrees with transformers' `model.generate`, because cache, masks and warpers are
-the same.
+For greedy text it agrees with transformers' `model.generate`, because cache, masks and processors
+are the same; sampled text of one conversation agrees under the same seed too (on one device).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from xoron_core.events import Event, Finished, MediaOut, TextDelta
-from xoron_core.grammar import Grammar, State
+from xoron_core import speculative
+from xoron_core.caches import CacheOptions, Lane
+from xoron_core.decoding import Decoder, Row
+from xoron_core.errors import ConfigError
+from xoron_core.events import Event, Finished, MediaOut, TextDelta, TokenInfo, Usage
+from xoron_core.grammar import Grammar
 from xoron_core.model import XoronModel
+from xoron_core.prefix import PrefixCache, Prompt
 from xoron_core.processor import Message, XoronProcessor
-from xoron_core.sampling import Sampling, draw
+from xoron_core.sampling import Sampling
 from xoron_core.text_stream import TextStream
-
-
-@dataclass
-class _Row:
-    """One conversation while it runs."""
-
-    state: State
-    text: TextStream
-    queries: list[Tensor] = field(default_factory=list)
-    codes: list[int] = field(default_factory=list)
-    tokens: int = 0
-    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,12 +39,18 @@ class Reply:
         media: (modality, media) in order.
         reason: why it ended.
         tokens: how many positions were generated.
+        confidence: geometric mean probability of the answer's ids; None without `details`.
+        details: how sure the model was of each id; empty without `details`.
+        usage: what it took, with the acceptance of a draft.
     """
 
     text: str
     media: tuple[tuple[str, Any], ...]
     reason: str
     tokens: int
+    confidence: float | None = None
+    details: tuple[TokenInfo, ...] = ()
+    usage: Usage = field(default_factory=Usage)
 
 
 class Session:
@@ -60,11 +59,39 @@ class Session:
     Args:
         model: a composed model.
         processor: its processor.
+        cache: `dynamic` grows with the text; `static` has a fixed length.
+        max_length: positions of a static cache; None takes what each request can need.
+        window: each position sees this many last ones, itself included, and a dynamic cache keeps
+            no more; None is all.
+        compile: whether to compile the decoding step (static cache only).
+        draft: a smaller model of the same token space that proposes text (speculative decoding).
+        draft_tokens: how many ids it proposes at a time.
+
+    Raises:
+        ConfigError: for options that do not fit each other.
+        TokenSpaceError: if the draft's ids mean something else.
     """
 
-    def __init__(self, model: XoronModel, processor: XoronProcessor) -> None:
+    def __init__(
+        self,
+        model: XoronModel,
+        processor: XoronProcessor,
+        *,
+        cache: Literal["dynamic", "static"] = "dynamic",
+        max_length: int | None = None,
+        window: int | None = None,
+        compile: bool = False,
+        draft: XoronModel | None = None,
+        draft_tokens: int = 4,
+    ) -> None:
         self.model = model
         self.processor = processor
+        self.cache = CacheOptions(cache, max_length, window, compile)
+        self.draft = draft
+        self.draft_tokens = draft_tokens
+        if draft is not None:
+            speculative.check_draft(model, draft, count=draft_tokens)
+            self._need_plain_cache("a draft model")
 
     def stream(
         self,
@@ -76,6 +103,8 @@ class Session:
         makes: Sequence[str] = (),
         begin_with: str | None = None,
         show_hidden: bool = False,
+        details: bool = False,
+        prefix: PrefixCache | None = None,
         **template: Any,
     ) -> Iterator[Event]:
         """Generates, event by event.
@@ -88,23 +117,40 @@ class Session:
             makes: modalities that may be produced beside text.
             begin_with: a modality of `makes` that the answer must begin with.
             show_hidden: whether hidden blocks such as reasoning are part of the text.
+            details: whether each id comes with its log-probability and entropy.
+            prefix: what earlier requests left cached; this one takes over what agrees.
             **template: for the chat template.
 
         Raises:
+            ConfigError: for options that do not fit each other.
             PluginError: if the composition lacks what is asked for.
             SequenceError: if messages and media do not agree.
         """
-        sampling = sampling or Sampling()
         self.model.need_backbone()
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens {max_new_tokens}: expected 1 or more")
+        made = [*makes, *([begin_with] if begin_with else [])]
+        if self.draft is not None and made:
+            raise ConfigError(
+                f"a draft model proposes text only, but this request makes {', '.join(made)}; use a"
+                " session without draft for it"
+            )
+        if prefix is not None:
+            self._need_plain_cache("a prefix cache")
         batch = self._batch(messages, template)
-        grammar = Grammar(
-            self.model, self.processor.modalities, [*makes, *([begin_with] if begin_with else [])]
-        )
+        grammar = Grammar(self.model, self.processor.modalities, made)
+        state = grammar.begin(begin_with)
         rows = [
-            _Row(grammar.begin(begin_with), TextStream(self.processor, stop, show_hidden))
-            for _ in range(len(batch["input_ids"]))
+            Row(state, TextStream(self.processor, stop, show_hidden, ids[valid.bool()].tolist()))
+            for ids, valid in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
-        return self._run(batch, rows, grammar, sampling, max_new_tokens)
+        options = {
+            "grammar": grammar,
+            "sampling": sampling or Sampling(),
+            "limit": max_new_tokens,
+            "details": details,
+        }
+        return self._run(_to(batch, self.model.device), rows, prefix, options)
 
     def generate(
         self, conversations: Sequence[Sequence[Message]] | Sequence[Message] | str, **options: Any
@@ -112,16 +158,27 @@ class Session:
         """As `stream`, collected: one `Reply` per conversation."""
         texts: dict[int, str] = {}
         media: dict[int, list[tuple[str, Any]]] = {}
+        infos: dict[int, list[TokenInfo]] = {}
         ends: dict[int, Finished] = {}
         for event in self.stream(conversations, **options):
             if isinstance(event, TextDelta):
                 texts[event.row] = texts.get(event.row, "") + event.text
             elif isinstance(event, MediaOut):
                 media.setdefault(event.row, []).append((event.modality, event.media))
+            elif isinstance(event, TokenInfo):
+                infos.setdefault(event.row, []).append(event)
             else:
                 ends[event.row] = event
         return [
-            Reply(texts.get(row, ""), tuple(media.get(row, ())), end.reason, end.tokens)
+            Reply(
+                text=texts.get(row, ""),
+                media=tuple(media.get(row, ())),
+                reason=end.reason,
+                tokens=end.tokens,
+                confidence=end.confidence,
+                details=tuple(infos.get(row, ())),
+                usage=end.usage,
+            )
             for row, end in sorted(ends.items())
         ]
 
@@ -138,150 +195,50 @@ class Session:
     def _run(
         self,
         batch: dict[str, Any],
-        rows: list[_Row],
-        grammar: Grammar,
-        sampling: Sampling,
-        max_new_tokens: int,
+        rows: list[Row],
+        prefix: PrefixCache | None,
+        options: dict[str, Any],
     ) -> Iterator[Event]:
-        device = self.model.device
-        batch = _to(batch, device)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        generators = _generators(sampling, len(rows), device)
-        warpers = sampling.warpers()
-        ends = self._ends()
-        output = self.model(**batch, use_cache=True, logits_to_keep=1)
-        while True:
-            scores = _masked(output.logits[:, -1], [grammar.allowed(row.state) for row in rows])
-            picks = draw(warpers(ids, scores), generators).tolist()
-            steps: list[int | None] = []
-            for index, row in enumerate(rows):
-                query = grammar.waits_for_query(row.state)
-                steps.append(None if row.done or query else picks[index])
-                if not row.done:
-                    yield from self._step(index, row, steps[-1], grammar, ends, max_new_tokens)
-            if all(row.done for row in rows):
-                return
-            embeds, ids = self._next_inputs(rows, steps, ids)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            output = self.model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                past_key_values=output.past_key_values,
-                use_cache=True,
-            )
-            yield from self._take_queries(rows, steps, output.hidden, grammar, generators)
-
-    def _step(
-        self,
-        index: int,
-        row: _Row,
-        token: int | None,
-        grammar: Grammar,
-        ends: set[int],
-        limit: int,
-    ) -> Iterator[Event]:
-        """Takes one id into a row, or lets it go on to its next query (`token` None)."""
-        row.tokens += 1
-        if token is None:
-            return
-        before = row.state
-        if before.slot is None and before.force is None and token in ends:
-            yield from self._finish(index, row, "stop")
-            return
-        row.state = grammar.advance(before, token)
-        if before.slot is not None and row.state.slot is None and row.codes:
-            yield self._decode(index, row, before.slot, grammar)
-        elif before.slot is not None and before.force is None:
-            row.codes.append(token)
-        elif before.slot is None and row.state.slot is None:
-            text, stopped = row.text.push(token)
-            if text:
-                yield TextDelta(text, index)
-            if stopped:
-                yield from self._finish(index, row, "stop")
-                return
-        if row.tokens >= limit and row.state == State():
-            yield from self._finish(index, row, "length")
-
-    def _finish(self, index: int, row: _Row, reason: Any) -> Iterator[Event]:
-        row.done = True
-        if text := row.text.flush():
-            yield TextDelta(text, index)
-        yield Finished(reason, row.tokens, index)
-
-    def _next_inputs(
-        self, rows: list[_Row], steps: list[int | None], ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The next position of every row: (B, 1, D) embeddings, and the ids so far with it."""
-        pad = getattr(self.processor.tokenizer, "pad_token_id", None) or 0
-        column = ids.new_tensor([[pad if step is None else step] for step in steps])
-        embeds = self.model.need_backbone().embed(column)
-        for index, (row, step) in enumerate(zip(rows, steps, strict=True)):
-            if step is None and not row.done:
-                queries = self.model.part(cast(str, row.state.slot)).queries()
-                embeds[index, 0] = queries[row.state.step].to(embeds.dtype)
-        return embeds, torch.cat([ids, column], dim=1)
-
-    def _take_queries(
-        self,
-        rows: list[_Row],
-        steps: list[int | None],
-        hidden: Tensor,
-        grammar: Grammar,
-        generators: list[torch.Generator] | None,
-    ) -> Iterator[Event]:
-        """Collects the hidden states of query positions; a full set becomes a medium."""
-        for index, row in enumerate(rows):
-            if row.done or steps[index] is not None:
-                continue
-            slot = cast(str, row.state.slot)
-            row.queries.append(hidden[index, -1])
-            row.state = grammar.advance(row.state, None)
-            if not grammar.waits_for_query(row.state):
-                stacked = torch.stack(row.queries)[None]
-                row.queries = []
-                rng = generators[index] if generators else _fixed(hidden.device)
-                media = self.model.call(slot, "sample", stacked, rng)
-                yield MediaOut(grammar.outputs[slot].modality, media, index)
-
-    def _decode(self, index: int, row: _Row, slot: str, grammar: Grammar) -> MediaOut:
-        """A finished codec span to its medium."""
-        output = grammar.outputs[slot]
-        assert self.model.space is not None
-        ids = torch.tensor(row.codes, device=self.model.device).view(-1, len(output.ranges))
-        row.codes = []
-        starts = [self.model.space.range(name).start for name in output.ranges]
-        local = ids - torch.tensor(starts, device=ids.device)
-        media = self.model.call(slot, "decode", local[None], [{}])
-        return MediaOut(output.modality, media, index)
+        capacity = batch["input_ids"].shape[1] + options["limit"] + options["grammar"].longest_span
+        if prefix is None:
+            lane = Lane(self.model, self.cache, capacity)
+            prompt = Prompt(lane, batch, batch["input_ids"], batch["attention_mask"], [[]], 0)
+        else:
+            prompt = prefix.start(self.model, batch, capacity)
+        decoder = Decoder(
+            prompt.lane,
+            rows,
+            ids=prompt.ids,
+            mask=prompt.mask,
+            keys=prompt.keys[0],
+            reused=prompt.reused,
+            ends=self._ends(),
+            pad=getattr(self.processor.tokenizer, "pad_token_id", None) or 0,
+            **options,
+        )
+        rest = {key: value for key, value in prompt.rest.items() if key != "attention_mask"}
+        try:
+            output = prompt.lane.run(prompt.mask, **rest)
+            if self.draft is None:
+                yield from decoder.run(output.logits)
+            else:
+                draft = Lane(self.draft, self.cache, capacity)
+                yield from speculative.run(decoder, draft, self.draft_tokens, logits=output.logits)
+        finally:
+            if prefix is not None and len(rows) == 1:
+                # Also when the reader stops early: what has run is not lost.
+                prefix.keep(self.model, decoder.keys[: prompt.lane.length], prompt.lane.cache)
 
     def _ends(self) -> set[int]:
         declared = self.model.generation_config.eos_token_id
         return set(declared if isinstance(declared, list) else [declared])
 
-
-def _masked(scores: Tensor, allowed: list[Tensor]) -> Tensor:
-    """(B, V) logits with everything masked that a row's mask does not allow."""
-    # Rows in the same state share one mask; a large vocabulary is then not copied per row.
-    same = all(mask is allowed[0] for mask in allowed)
-    mask = (allowed[0][None] if same else torch.stack(allowed)).to(scores.device)
-    extra = scores.shape[-1] - mask.shape[-1]
-    if extra:  # a pretrained matrix may have more rows than the space
-        mask = torch.cat([mask, mask.new_zeros(len(mask), extra)], dim=1)
-    return scores.masked_fill(~mask, float("-inf"))
-
-
-def _generators(
-    sampling: Sampling, rows: int, device: torch.device
-) -> list[torch.Generator] | None:
-    if sampling.temperature == 0:
-        return None
-    seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()).item())
-    return [torch.Generator(device).manual_seed(seed) for _ in range(rows)]
-
-
-def _fixed(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
+    def _need_plain_cache(self, what: str) -> None:
+        if not self.cache.plain:
+            raise ConfigError(
+                f"{what} needs cache='dynamic' without a window, got {self.cache.kind!r} with"
+                f" window {self.cache.window}"
+            )
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -61,7 +61,8 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
         if self.space is not None:
-            processors.append(AllowedRows(text_rows(self.space)))
+            # First: a top-k over rows that are not allowed would leave nothing to choose from.
+            processors.insert(0, AllowedRows(text_rows(self.space)))
         return processors
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,19 +13,22 @@ Shapes: B rows, N positions, S cached plus new positions, D hidden size, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from xoron_core.components import Backbone, BackboneOutput, Context
+from xoron_core.components import Backbone, BackboneOutput, Context, LossTerm
 from xoron_core.config import Config
 from xoron_core.errors import CompositionError, ConfigError, SequenceError
 from xoron_core.nn import masks
+from xoron_core.nn.moe import MoE, balance_metrics
 from xoron_llm import hf
 from xoron_llm.hf_config import HfConfig
 from xoron_llm.moe.config import MoeConfig
+from xoron_llm.moe.modeling import valid_positions
 from xoron_llm.rows import copy_weights, load_pretrained, resize_rows
 
 _FIELDS = (
@@ -40,6 +43,9 @@ _FIELDS = (
     "vocab_size",
 )
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# Of the router's statistics: what counts each loss, and what is summed over a step.
+_COUNTS = {"balance": "rows", "z": "tokens"}
+_STATISTICS = ("load", "tokens", "entropy")
 
 
 class CausalLMBackbone(Backbone):
@@ -86,6 +92,10 @@ class CausalLMBackbone(Backbone):
         """(..., D) to (..., V)."""
         return cast(Tensor, self.model.get_output_embeddings()(hidden))
 
+    def linear_head(self) -> nn.Module | None:
+        """The output embedding, which is all that `logits` calls."""
+        return cast(nn.Module, self.model.get_output_embeddings())
+
     def resize_rows(self, rows: int, new_rows: Tensor, generator: torch.Generator) -> None:
         """Gives embedding and head at least that many rows; see `xoron_llm.rows`."""
         resize_rows(self.model, rows, new_rows=new_rows, generator=generator)
@@ -118,6 +128,74 @@ class XoronMoeBackbone(CausalLMBackbone):
             )
         hf_config = hf.XoronMoeConfig(vocab_size=context.space.size, **config.hf_data())
         super().__init__(config, context, model=hf.XoronMoeForCausalLM(hf_config))
+        self.position_kind = "1d" if config.mrope_section is None else "mrope"
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool = False,
+    ) -> BackboneOutput:
+        """Runs the layers; statistics come while training, losses where their weight is not 0."""
+        output = self.model.base_model(
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            document_ids=document_ids,
+            past_key_values=cache,
+            use_cache=use_cache or cache is not None,
+            output_router_statistics=self.training or bool(self._coefficients),
+        )
+        seen = output.router_statistics or {}
+        losses = {
+            name: LossTerm(weight * seen[name].sum(), seen[_COUNTS[name]].sum())
+            for name, weight in self._coefficients.items()
+        }
+        summed = {name: seen[name].detach() for name in _STATISTICS if seen and self.training}
+        return BackboneOutput(output.last_hidden_state, output.past_key_values, losses, summed)
+
+    def loss_counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Rows that hold a token (`balance`) and tokens (`z`), once per layer with experts."""
+        given = next((batch[k] for k in ("input_ids", "inputs_embeds") if k in batch), None)
+        if given is None:
+            return {}
+        padding = batch.get("attention_mask"), batch.get("document_ids")
+        valid = valid_positions(*padding, length=given.shape[1])
+        if valid is None:
+            valid = given.new_ones(given.shape[:2], dtype=torch.bool)
+        layers = len(self.model.base_model.moe_blocks())
+        counts = {"balance": valid.any(-1).sum() * layers, "z": valid.sum() * layers}
+        return {name: counts[name].float() for name in self._coefficients}
+
+    def after_optimizer_step(self, stats: Mapping[str, Tensor]) -> None:
+        """Moves the selection biases of trained routers against the load of the step."""
+        self.model.base_model.update_selection_biases(stats["load"])
+
+    def metrics(self, stats: Mapping[str, Tensor]) -> dict[str, float]:
+        """`layer<index>/max_load`, `min_load` and `entropy` of each layer with experts."""
+        layers = self.model.base_model.layers
+        found = [index for index, layer in enumerate(layers) if isinstance(layer.mlp, MoE)]
+        return {
+            f"layer{index}/{name}": value
+            for index, *sums in zip(found, *(stats[key] for key in _STATISTICS), strict=True)
+            for name, value in balance_metrics(*sums).items()
+        }
+
+    def cache_width(self) -> int:
+        """Numbers of one cached position over all layers; r + d_rope each with latent attention."""
+        return self.config.num_layers * self.config.cache_width
+
+    @property
+    def _coefficients(self) -> dict[str, float]:
+        given = {
+            "balance": self.config.balance_loss_coef,
+            "z": self.config.router_z_loss_coef,
+        }
+        return {name: weight for name, weight in given.items() if weight and self.config.use_moe}
 
 
 class HfBackbone(CausalLMBackbone):
@@ -197,6 +275,13 @@ class HfBackbone(CausalLMBackbone):
         if (cap := getattr(self.text_config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def linear_head(self) -> nn.Module | None:
+        """The output embedding, or None where the architecture scales or caps its logits."""
+        more = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        if any(getattr(self.text_config, name, None) is not None for name in more):
+            return None
+        return super().linear_head()
 
     def load_source_weights(self, generator: torch.Generator) -> None:
         """Loads the weights of `path`, and draws the rows that are new to it.

@@ -17,7 +17,7 @@ def xoron_components() -> list[Component]:
             modality="text",
             factory="xoron_llm.backbone:XoronMoeBackbone",
             config="xoron_llm.moe.config:MoeConfig",
-            summary="Decoder with grouped-query attention and mixture-of-experts layers.",
+            summary="Decoder with latent or grouped-query attention and self-balancing experts.",
         ),
         Component(
             kind="backbone",

@@ -55,6 +55,7 @@ from xoron_train.optim import (
 from xoron_train.precision import cast_weights
 from xoron_train.recipe import Recipe
 from xoron_train.selectors import apply_selectors
+from xoron_train.statistics import StepStatistics, part_metrics
 
 if TYPE_CHECKING:
     from xoron_core.model import XoronModel
@@ -216,20 +217,25 @@ class Trainer:
         rate = learning_rate(self.step, recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sums = self._accumulate(window, counts)
+        statistics = StepStatistics()
+        sums = self._accumulate(window, counts, statistics)
         limit = recipe.max_grad_norm if recipe.max_grad_norm is not None else math.inf
         norm = float(self.accelerator.clip_grad_norm_(list(self.trained.values()), limit))
         record = self._record(window, counts, sums)
         self._require_finite(record, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        observed = statistics.total(self.accelerator)
+        self.core.after_optimizer_step(observed)
+        if observed:
+            record["parts"] = part_metrics(self.core, observed)
         record |= {"learning_rate": rate, "grad_norm": norm if math.isfinite(norm) else None}
         return record
 
     def _accumulate(
-        self, window: list[dict[str, Tensor]], counts: dict[str, float]
+        self, window: list[dict[str, Tensor]], counts: dict[str, float], seen: StepStatistics
     ) -> dict[str, Tensor]:
-        """Adds the window's gradient; returns this process's sum of each loss."""
+        """Adds the window's gradient and statistics; returns this process's sum of each loss."""
         device = self.accelerator.device
         sums = {name: torch.zeros((), device=device) for name in counts}
         returned: dict[str, float] = {}
@@ -238,7 +244,9 @@ class Trainer:
             last = index == len(window) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 on_device = {key: value.to(device) for key, value in batch.items()}
-                terms = self.model(**on_device, use_cache=False).losses
+                output = self.model(**on_device, use_cache=False)
+                terms = output.losses
+                seen.add(output.statistics)
                 loss = weighted(terms, counts, self.recipe.loss_weights)
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             for name in sums.keys() & terms.keys():

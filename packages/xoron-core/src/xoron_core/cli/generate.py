@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xoron_core.cli.progress import working
 from xoron_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from xoron_core.events import Finished
 
 
 def generate(
@@ -20,13 +23,25 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Keep the k best; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep this probability mass.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option("--min-p", help="Keep what has this share of the best probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option("--repetition-penalty", help="Above 1 avoids what stands there already."),
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option("--seed", help="For sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A string that ends it.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as text, without the chat template.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    draft: Annotated[
+        Path | None, typer.Option("--draft", help="A smaller model's folder that drafts text.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with the answer's confidence.")
+    ] = False,
 ) -> None:
     """Generate an answer, or with --raw a continuation.
 
@@ -39,17 +54,26 @@ def generate(
 
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     with working(f"loading {folder}"):
         model, processor = load(folder)
+        drafter = load(draft)[0] if draft else None
     text = sys.stdin.read() if prompt == "-" else prompt
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    events = Session(model, processor).stream(
+    events = Session(model, processor, draft=drafter).stream(
         text if raw else messages,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=stop or (),
+        details=as_json,
     )
     pieces = []
     for event in events:
@@ -59,7 +83,18 @@ def generate(
                 print(event.text, end="", flush=True)
         elif isinstance(event, Finished):
             if as_json:
-                answer = {"text": "".join(pieces), "reason": event.reason, "tokens": event.tokens}
-                print(json.dumps(answer, ensure_ascii=False))
+                print(json.dumps(_answer("".join(pieces), event), ensure_ascii=False))
             else:
                 print()
+
+
+def _answer(text: str, end: Finished) -> dict[str, Any]:
+    found = {
+        "text": text,
+        "reason": end.reason,
+        "tokens": end.tokens,
+        "confidence": end.confidence,
+    }
+    if end.usage.drafted:
+        found |= {"drafted": end.usage.drafted, "accepted": end.usage.accepted}
+    return found

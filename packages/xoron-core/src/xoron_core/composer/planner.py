@@ -137,10 +137,7 @@ def cache_bytes_per_token(model: XoronModel, element_size: int) -> int:
     """Bytes that one cached position takes over all layers; 0 without a backbone."""
     if model.backbone is None:
         return 0
-    fields = model.backbone.hf_fields()
-    heads = fields.get("num_key_value_heads") or fields["num_attention_heads"]
-    width = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
-    return int(2 * fields["num_hidden_layers"] * heads * width * element_size)
+    return model.backbone.cache_width() * element_size
 
 
 def check_widths(model: XoronModel) -> None:

@@ -1,58 +1,134 @@
-"""Mixture of experts: fp32 top-k router, routed experts over contiguous slices, a shared expert.
+"""Mixture of experts: fp32 top-k router that balances itself, routed experts, a shared expert.
 
 Positions are sorted by expert once, each expert runs on its own contiguous slice, and the results
-are added back: no loop over tokens, no capacity, nothing dropped.
+are added back: no loop over tokens, no capacity, nothing dropped. Experts stay evenly used without
+an auxiliary loss: a bias per expert takes part in the choice, not in the weights, and is moved
+against the observed load after each optimizer step (Wang et al., 2024).
 
 Footguns:
+- `forward` changes nothing: it returns what it observed (`RouterStatistics`), and whoever trains
+  sums that over an accumulation window and over processes, then calls `update_selection_bias` once.
+  Counting in `forward` would count recomputed activations twice.
+- Positions marked invalid reach no expert and count nowhere; only the shared expert sees them.
 - Every expert has parameters of its own. One stacked parameter that is indexed per expert costs a
   full-size zero gradient per expert; unbinding it still copies all gradients once.
 - While gradients are recorded an expert without tokens runs on an empty slice, so that its gradient
   is zero and not missing: data-parallel training waits for the gradient of every parameter.
-- The router decides in fp32 also under autocast; keep its weight in fp32 when a model is cast down.
+- The router decides in fp32 also under autocast; keep weight and bias in fp32 when a model is cast
+  down: in half precision small bias updates are lost.
 
 Shapes: B rows, N positions, D width, T = B * N tokens, E experts, K chosen per token.
 """
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xoron_core.nn.experts import run_experts
 from xoron_core.nn.mlp import SwiGLU
+
+Scoring = Literal["sigmoid", "softmax"]
+
+
+class RouterStatistics(NamedTuple):
+    """What one block observed in one forward pass; all sums, fp32, so that they add up.
+
+    Attributes:
+        load: (E,) how often each expert was chosen.
+        tokens: number of routed tokens.
+        entropy: sum over tokens of the entropy of their normalised scores, in nats.
+        balance: sum over rows of the sequence-wise balance loss, with gradient.
+        rows: number of rows that hold a token.
+        z: sum over tokens of the squared log-sum-exp of the router's logits, with gradient.
+    """
+
+    load: Tensor
+    tokens: Tensor
+    entropy: Tensor
+    balance: Tensor
+    rows: Tensor
+    z: Tensor
 
 
 class TopKRouter(nn.Module):
     """Scores each token against each expert and keeps the best K, all in fp32.
 
-    Sigmoid scores, normalised over the chosen ones (DeepSeek-V3, 2024).
+    The choice is made on score plus bias, the weights are the scores alone (DeepSeek-V3, 2024).
 
     Args:
         hidden_size: D.
         num_experts: E.
         top_k: K, between 1 and E.
+        scoring: how logits become scores: `sigmoid` each, or `softmax` over the experts.
+        normalize: whether a token's K weights sum to 1 before scaling.
+        scaling_factor: what the weights are multiplied with.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, *, top_k: int) -> None:
+    selection_bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        top_k: int,
+        scoring: Scoring = "sigmoid",
+        normalize: bool = True,
+        scaling_factor: float = 1.0,
+    ) -> None:
         super().__init__()
         self.top_k = top_k
+        self.scoring = scoring
+        self.normalize = normalize
+        self.scaling_factor = scaling_factor
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """N(0, 0.02): small logits, so that at the start every expert scores about one half."""
         nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.selection_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, D) to weights (T, K) fp32 that sum to 1 and expert indices (T, K) int64."""
+        """(T, D) to weights (T, K) fp32 and expert indices (T, K) int64."""
+        return self.choose(self.scores(self.logits(x)))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(T, D) to (T, E) fp32."""
         with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        weights, experts = scores.topk(self.top_k, dim=-1)
-        return weights / (weights.sum(-1, keepdim=True) + 1e-20), experts
+            return F.linear(x.float(), self.weight.float())
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """(T, E) logits to scores in 0 .. 1."""
+        return logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, E) scores to weights (T, K) fp32 and expert indices (T, K) int64."""
+        experts = (scores.detach() + self.selection_bias.float()).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.scaling_factor, experts
+
+    @torch.no_grad()
+    def update_selection_bias(self, load: Tensor, speed: float) -> None:
+        """Moves the bias by `speed` towards experts that were used less than the mean.
+
+        Args:
+            load: (E,) choices per expert, over the whole optimizer step and all processes.
+            speed: gamma, in units of a score; 0 leaves the bias as it is.
+        """
+        load = load.to(self.selection_bias.device, torch.float32)
+        self.selection_bias += speed * (load.mean() - load).sign().to(self.selection_bias.dtype)
 
     def extra_repr(self) -> str:
         experts, size = self.weight.shape
-        return f"{size}, num_experts={experts}, top_k={self.top_k}"
+        return f"{size}, num_experts={experts}, top_k={self.top_k}, scoring={self.scoring}"
 
 
 class MoE(nn.Module):
@@ -64,6 +140,8 @@ class MoE(nn.Module):
         num_experts: E.
         top_k: K.
         use_shared_expert: whether one more expert serves every token.
+        num_shared_experts: how many experts' width the shared one has.
+        scoring, normalize, scaling_factor: of the router.
     """
 
     def __init__(
@@ -74,36 +152,117 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int,
         use_shared_expert: bool = True,
+        num_shared_experts: int = 1,
+        scoring: Scoring = "sigmoid",
+        normalize: bool = True,
+        scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        self.router = TopKRouter(hidden_size, num_experts, top_k=top_k)
+        self.router = TopKRouter(
+            hidden_size,
+            num_experts,
+            top_k=top_k,
+            scoring=scoring,
+            normalize=normalize,
+            scaling_factor=scaling_factor,
+        )
         self.experts = nn.ModuleList(
             SwiGLU(hidden_size, intermediate_size) for _ in range(num_experts)
         )
-        self.shared_expert = SwiGLU(hidden_size, intermediate_size) if use_shared_expert else None
+        self.shared_expert = (
+            SwiGLU(hidden_size, num_shared_experts * intermediate_size)
+            if use_shared_expert
+            else None
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D). What a token gets does not depend on the other tokens."""
+    @overload
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, *, observe: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, *, observe: Literal[True]
+    ) -> tuple[Tensor, RouterStatistics]: ...
+
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, *, observe: bool = False
+    ) -> Tensor | tuple[Tensor, RouterStatistics]:
+        """Runs each token through its experts; what it gets does not depend on other tokens.
+
+        Args:
+            x: (B, N, D).
+            valid: (B, N) bool, False where a position is padding; None for all valid.
+            observe: whether to return statistics too.
+
+        Returns:
+            (B, N, D), or that and the statistics.
+        """
         tokens = x.reshape(-1, x.shape[-1])
-        weights, experts = self.router(tokens)
-        out = self._routed(tokens, weights, experts)
+        logits = self.router.logits(tokens)
+        scores = self.router.scores(logits)
+        weights, experts = self.router.choose(scores)
+        chosen = (
+            experts
+            if valid is None
+            else experts.masked_fill(~valid.reshape(-1, 1), len(self.experts))
+        )
+        out = run_experts(self.experts, tokens, weights=weights, chosen=chosen)
         if self.shared_expert is not None:
             out = out + self.shared_expert(tokens)
-        return out.view_as(x)
+        out = out.view_as(x)
+        if not observe:
+            return out
+        rows = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        return out, self._observe(logits, scores, chosen, rows=rows if valid is None else valid)
 
-    def _routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """(T, D), (T, K), (T, K) to the weighted sum (T, D) of each token's experts."""
-        chosen = experts.flatten()
-        order = chosen.argsort(stable=True)
-        source = order // experts.shape[1]
-        counts = torch.bincount(chosen, minlength=len(self.experts)).tolist()
-        slices = tokens.index_select(0, source).split(counts)
-        run_empty = torch.is_grad_enabled() or not len(tokens)
-        outputs = [
-            expert(part)
-            for expert, part in zip(self.experts, slices, strict=True)
-            if run_empty or part.shape[0]
-        ]
-        shares = weights.flatten().index_select(0, order).unsqueeze(-1)
-        mixed = torch.cat(outputs) * shares.to(outputs[0].dtype)
-        return torch.zeros_like(tokens, dtype=mixed.dtype).index_add(0, source, mixed)
+    def _observe(
+        self, logits: Tensor, scores: Tensor, chosen: Tensor, *, rows: Tensor
+    ) -> RouterStatistics:
+        """(T, E), (T, E), (T, K) with E for padding, and the valid positions (B, N)."""
+        num_experts, valid = len(self.experts), rows.reshape(-1)
+        load = torch.bincount(chosen.flatten(), minlength=num_experts + 1)[:num_experts]
+        share = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
+        entropy = torch.special.entr(share.detach()).sum(-1)
+        return RouterStatistics(
+            load=load.float(),
+            tokens=valid.sum().float(),
+            entropy=(entropy * valid).sum(),
+            balance=self._balance(scores, share, rows),
+            rows=rows.any(-1).sum().float(),
+            z=(logits.logsumexp(-1).square() * valid).sum(),
+        )
+
+    def _balance(self, scores: Tensor, share: Tensor, rows: Tensor) -> Tensor:
+        """The sequence-wise balance loss (DeepSeek-V3, 2024, eq. 17 to 20), summed over rows.
+
+        Per row the sum over experts of (how often it scores among the best K, over its fair
+        share) times (its mean share of the scores): 1 when even, up to E / K.
+        """
+        num_experts, top_k = len(self.experts), self.router.top_k
+        best = scores.detach().topk(top_k, dim=-1).indices
+        picked = torch.zeros_like(scores).scatter_(-1, best, 1.0)
+        valid = rows.unsqueeze(-1).float()
+        count = valid.sum(1).clamp(min=1)  # (B, 1)
+        shape = (*rows.shape, num_experts)
+        frequency = (picked.view(shape) * valid).sum(1) * num_experts / (top_k * count)
+        return (frequency * (share.view(shape) * valid).sum(1) / count).sum()
+
+
+def balance_metrics(load: Tensor, tokens: Tensor, entropy: Tensor) -> dict[str, float]:
+    """How evenly one block's experts were used.
+
+    Args:
+        load, tokens, entropy: as in `RouterStatistics`, summed over a step or several.
+
+    Returns:
+        `max_load` and `min_load` over the mean load (1 is even), and the mean `entropy` of a
+        token's scores over its maximum ln E (1 is undecided).
+    """
+    mean = load.float().mean().clamp(min=1e-9)
+    most = torch.tensor(float(load.numel())).log().clamp(min=1e-9)
+    return {
+        "max_load": float(load.max() / mean),
+        "min_load": float(load.min() / mean),
+        "entropy": float(entropy / tokens.clamp(min=1)) / float(most),
+    }

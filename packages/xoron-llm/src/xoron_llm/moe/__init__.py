@@ -1,1 +1,1 @@
-"""The xoron-moe language model: a decoder with grouped-query attention and mixture-of-experts."""
+"""The xoron-moe language model: latent or grouped-query attention and mixture-of-experts."""

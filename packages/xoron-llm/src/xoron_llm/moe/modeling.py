@@ -1,8 +1,10 @@
-"""xoron-moe: a pre-norm decoder with rotary grouped-query attention, SwiGLU and experts.
+"""xoron-moe: a pre-norm decoder with rotary attention, SwiGLU and experts that balance themselves.
 
+- Attention is grouped-query or multi-head latent (`attention: latent`), which caches one small row
+  per token and layer.
 - Every `moe_layer_freq`-th layer routes each token to a few experts beside a shared one.
 - Padding, left or right, and packed documents are kept apart by one mask for all layers; a
-  batch without either takes the causal fast path.
+  batch without either takes the causal fast path. Padding is routed to no expert.
 - Rotary tables are computed at each forward: there is no buffer to go stale.
 
 Footguns:
@@ -10,14 +12,19 @@ Footguns:
 - `labels` are shifted inside and know nothing of documents: set the first label of each document to
   -100.
 - A padded query attends to itself alone; its hidden state means nothing.
+- Experts are balanced by `update_selection_biases`, which whoever trains has to call with the sum
+  of the `router_statistics` of a step. `forward` itself changes nothing.
 
-Shapes: B rows, N positions, D hidden size, V rows of the vocabulary, S cached plus new positions.
+Shapes: B rows, N positions, D hidden size, V rows of the vocabulary, S cached plus new positions, M
+layers with experts, E experts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -29,12 +36,27 @@ from transformers.utils.output_capturing import capture_outputs
 from xoron_core.errors import SequenceError
 from xoron_core.nn import masks
 from xoron_core.nn.attention import Attention
+from xoron_core.nn.latent_attention import LatentAttention
 from xoron_core.nn.memory import align_weights
 from xoron_core.nn.mlp import SwiGLU
-from xoron_core.nn.moe import MoE, TopKRouter
+from xoron_core.nn.moe import MoE, RouterStatistics, TopKRouter
 from xoron_core.nn.norms import RMSNorm
-from xoron_core.nn.rope import rotary_tables
+from xoron_llm.moe.cache import grow_in_place
 from xoron_llm.moe.configuration import XoronMoeConfig
+
+
+@dataclass
+class MoeModelOutput(BaseModelOutputWithPast):
+    """Attributes: router_statistics, as `RouterStatistics` with an axis M in front, or None."""
+
+    router_statistics: dict[str, Tensor] | None = None
+
+
+@dataclass
+class MoeCausalLMOutput(CausalLMOutputWithPast):
+    """Attributes: router_statistics, as `RouterStatistics` with an axis M in front, or None."""
+
+    router_statistics: dict[str, Tensor] | None = None
 
 
 class XoronMoeDecoderLayer(GradientCheckpointingLayer):
@@ -43,13 +65,7 @@ class XoronMoeDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: XoronMoeConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            layer_idx=index,
-        )
+        self.self_attn = _attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU
         if config.is_moe_layer(index):
@@ -59,6 +75,10 @@ class XoronMoeDecoderLayer(GradientCheckpointingLayer):
                 num_experts=config.num_experts,
                 top_k=config.num_experts_per_tok,
                 use_shared_expert=config.use_shared_expert,
+                num_shared_experts=config.num_shared_experts,
+                scoring=cast(Any, config.scoring_func),
+                normalize=config.norm_topk_prob,
+                scaling_factor=config.routed_scaling_factor,
             )
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
@@ -68,14 +88,23 @@ class XoronMoeDecoderLayer(GradientCheckpointingLayer):
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
+        valid: Tensor | None = None,
+        observe: bool = False,
         past_key_values: Any = None,
-    ) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        # The cache goes by transformers' name: its checkpointing takes that keyword away.
+    ) -> tuple[Tensor, ...]:
+        """(B, N, D) to (B, N, D), followed by the router's statistics if there are any."""
+        # The cache goes by transformers' name: its checkpointing takes that keyword away. The
+        # result is flat, because re-entrant checkpointing finds no tensors in nested ones.
         hidden = hidden + self.self_attn(
             self.input_layernorm(hidden), rope, mask=mask, cache=past_key_values
         )
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        x = self.post_attention_layernorm(hidden)
+        if not isinstance(self.mlp, MoE):
+            return (hidden + self.mlp(x),)
+        if not observe:
+            return (hidden + self.mlp(x, valid),)
+        out, statistics = self.mlp(x, valid, observe=True)
+        return (hidden + out, *statistics)
 
 
 class XoronMoePreTrainedModel(PreTrainedModel):
@@ -99,10 +128,11 @@ class XoronMoePreTrainedModel(PreTrainedModel):
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Matrices, embedding and router from N(0, initializer_range); norms one."""
+        """Matrices, embedding and router from N(0, initializer_range); norms one, biases zero."""
         super()._init_weights(module)
         if isinstance(module, TopKRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.selection_bias)
 
 
 class XoronMoeModel(XoronMoePreTrainedModel):
@@ -128,20 +158,24 @@ class XoronMoeModel(XoronMoePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        output_router_statistics: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutput:
         """Runs the layers.
 
         Args:
             input_ids: (B, N), or `inputs_embeds` instead.
             attention_mask: (B, S), nonzero where valid; or (B, 1, N, S), bool or additive, which
                 is taken as it is. None is all valid.
-            position_ids: (B, N); None counts from each document's or row's first valid position.
+            position_ids: (B, N), or (3, B, N) with `mrope_section`; None counts from each
+                document's or row's first valid position.
             past_key_values: a transformers `Cache`, extended in place.
             inputs_embeds: (B, N, D).
             document_ids: (B, S), 1.. per packed document and 0 for padding.
             use_cache: whether to make a cache where none is given; None asks the config, and is
                 False while activations are recomputed.
+            output_router_statistics: whether to return what the routers observed; None does so
+                while training.
 
         Raises:
             SequenceError: if not exactly one input is given, or a mask does not cover S.
@@ -156,24 +190,48 @@ class XoronMoeModel(XoronMoePreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not recomputing:
             past_key_values = DynamicCache(config=self.config)
+        grow_in_place(past_key_values)
         mask = _mask(hidden, attention_mask, document_ids, past_key_values)
+        plain_mask = _two_dimensional(attention_mask)
         if position_ids is None:
             position_ids = masks.positions(
                 hidden.shape[1],
                 past=_past(past_key_values),
-                attention_mask=_two_dimensional(attention_mask),
+                attention_mask=plain_mask,
                 document_ids=document_ids,
                 device=hidden.device,
             )
-        rope = rotary_tables(
-            position_ids, cast(int, self.config.head_dim), theta=self.config.rotary_theta
-        )
+        rope = self.config.rotary.tables(position_ids)
+        valid = valid_positions(plain_mask, document_ids, length=hidden.shape[1])
+        observe = self.training if output_router_statistics is None else output_router_statistics
+        seen: list[tuple[Tensor, ...]] = []
         for layer in self.layers:
-            hidden = layer(hidden, rope, mask, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(
+            hidden, *statistics = layer(
+                hidden, rope, mask, valid, observe, past_key_values=past_key_values
+            )
+            if statistics:
+                seen.append(tuple(statistics))
+        return MoeModelOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=past_key_values if use_cache else None,
+            router_statistics=_stacked(seen),
         )
+
+    def moe_blocks(self) -> list[MoE]:
+        """The M blocks with experts, first layer first."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
+
+    def update_selection_biases(self, load: Tensor) -> None:
+        """Moves every router's selection bias against the load it saw; once per optimizer step.
+
+        A router that is not trained keeps its bias: what is frozen stays bit for bit.
+
+        Args:
+            load: (M, E), summed over the step and all processes.
+        """
+        for block, seen in zip(self.moe_blocks(), load, strict=True):
+            if block.router.weight.requires_grad:
+                block.router.update_selection_bias(seen, self.config.bias_update_speed)
 
 
 class XoronMoeForCausalLM(XoronMoePreTrainedModel, GenerationMixin):
@@ -199,8 +257,9 @@ class XoronMoeForCausalLM(XoronMoePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_router_statistics: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutput:
         """As `XoronMoeModel.forward`, with logits.
 
         Args:
@@ -219,6 +278,7 @@ class XoronMoeForCausalLM(XoronMoePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             document_ids=document_ids,
             use_cache=use_cache,
+            output_router_statistics=output_router_statistics,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -228,12 +288,66 @@ class XoronMoeForCausalLM(XoronMoePreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(
+        return MoeCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            router_statistics=outputs.router_statistics,
         )
+
+
+def valid_positions(
+    attention_mask: Tensor | None, document_ids: Tensor | None, *, length: int
+) -> Tensor | None:
+    """Which of the last N positions hold a token.
+
+    Args:
+        attention_mask: (B, S), nonzero where valid, or None.
+        document_ids: (B, S), 0 for padding, or None.
+        length: N.
+
+    Returns:
+        (B, N) bool, or None where neither is given.
+    """
+    given = [t[:, -length:] != 0 for t in (attention_mask, document_ids) if t is not None]
+    if not given:
+        return None
+    return given[0] if len(given) == 1 else given[0] & given[1]
+
+
+def _attention(config: XoronMoeConfig, index: int) -> Attention | LatentAttention:
+    if config.attention == "latent":
+        return LatentAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            kv_lora_rank=config.kv_lora_rank,
+            q_lora_rank=config.q_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=cast(int, config.v_head_dim),
+            layer_idx=index,
+            logit_factor=config.rotary.logit_factor,
+        )
+    return Attention(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        layer_idx=index,
+    )
+
+
+def _stacked(seen: list[tuple[Tensor, ...]]) -> dict[str, Tensor] | None:
+    """The statistics of M layers to one tensor each, (M, ...)."""
+    if not seen:
+        return None
+    # Layers may sit on different devices; statistics are small and meet on the first one's.
+    device = seen[0][0].device
+    return {
+        name: torch.stack([values.to(device) for values in column])
+        for name, column in zip(RouterStatistics._fields, zip(*seen, strict=True), strict=True)
+    }
 
 
 def _past(cache: Any) -> int:
