@@ -123,7 +123,7 @@ def test_bf16_is_close_to_fp32_and_saves_back_equal(folder, batch, model_and_pro
     assert half.dtype == torch.bfloat16
     ours, theirs = logits(model_and_processor[0], batch), logits(half, batch).float()
     assert torch.isfinite(theirs).all()
-    # In norm, not per position: where two experts score equal to within bf16, another one is chosen.
+    # In norm, not per position: where two experts score alike within bf16, another one is chosen.
     assert (ours - theirs).norm() < 0.05 * ours.norm()
     half.save_pretrained(tmp_path / "half")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
