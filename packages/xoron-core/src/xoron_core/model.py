@@ -254,8 +254,8 @@ class XoronModel(TransformersModel):
             )
         media = batch.get("media") or {}
         if self.backbone is not None and self._wants_losses(batch.get("labels"), media):
-            own = self.backbone.loss_counts(batch)
-            counts |= {f"{self.backbone.slot}/{name}": count for name, count in own.items()}
+            slot, own = self.backbone.slot, self.backbone.loss_counts(batch)
+            counts |= {f"{slot}/{name}": count for name, count in own.items()}
         for slot, generator in self.parts(Generator).items():
             if slot in media:
                 _, tensors = fill.split_spans(media[slot])
