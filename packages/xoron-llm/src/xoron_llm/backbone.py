@@ -49,7 +49,7 @@ _STATISTICS = ("load", "tokens", "entropy")
 
 
 class CausalLMBackbone(Backbone):
-    """A backbone whose `.model` is a transformers causal language model."""
+    """Holds a transformers causal language model as `.model`; `forward` is left to its children."""
 
     def __init__(self, config: Config, context: Context, *, model: PreTrainedModel) -> None:
         super().__init__(config, context)
@@ -66,27 +66,6 @@ class CausalLMBackbone(Backbone):
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, N) ids to (B, N, D)."""
         return cast(Tensor, self.model.get_input_embeddings()(input_ids))
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        *,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: Any = None,
-        use_cache: bool = False,
-    ) -> BackboneOutput:
-        """Runs the layers; see `Backbone.forward`."""
-        output = self.model.base_model(
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            document_ids=document_ids,
-            past_key_values=cache,
-            use_cache=use_cache or cache is not None,
-        )
-        return BackboneOutput(output.last_hidden_state, output.past_key_values)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., V)."""

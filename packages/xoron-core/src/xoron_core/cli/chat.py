@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xoron_core.cli.progress import working
+from xoron_core.cli.session import check_limit, open_session
 from xoron_core.errors import UsageError, XoronError, did_you_mean
 
 if TYPE_CHECKING:
@@ -63,13 +63,10 @@ def chat(
 
     Example: xoron chat out/ --system "Answer in one line." --temperature 0
     """
-    from xoron_core.api import load
     from xoron_core.chat import Chat
     from xoron_core.sampling import Sampling
-    from xoron_core.session import Session
 
-    if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
+    check_limit(max_new_tokens)
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -78,12 +75,9 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    with working(f"loading {folder}"):
-        model, processor = load(folder)
-        drafter = load(draft)[0] if draft else None
-    model.need_backbone()
+    session = open_session(folder, draft)
     talk = Chat(
-        Session(model, processor, draft=drafter),
+        session,
         system=system,
         sampling=sampling,
         show_reasoning=show_reasoning,

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xoron_core.cli.progress import working
-from xoron_core.errors import UsageError
+from xoron_core.cli.session import check_limit, open_session
 
 if TYPE_CHECKING:
     from xoron_core.events import Finished
@@ -47,13 +46,10 @@ def generate(
 
     Example: xoron generate out/ "def main(" --raw --max-new-tokens 64
     """
-    from xoron_core.api import load
     from xoron_core.events import Finished, TextDelta
     from xoron_core.sampling import Sampling
-    from xoron_core.session import Session
 
-    if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
+    check_limit(max_new_tokens)
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -62,13 +58,11 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    with working(f"loading {folder}"):
-        model, processor = load(folder)
-        drafter = load(draft)[0] if draft else None
+    session = open_session(folder, draft)
     text = sys.stdin.read() if prompt == "-" else prompt
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    events = Session(model, processor, draft=drafter).stream(
+    events = session.stream(
         text if raw else messages,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
