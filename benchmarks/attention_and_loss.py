@@ -33,7 +33,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments, compare, machine_floors, one_thread
+from benchmarks.harness import (
+    Report,
+    arguments,
+    compare,
+    machine_floors,
+    one_thread,
+    peak_resident_megabytes,
+)
 from xoron_core.nn import ring
 from xoron_core.nn.blockwise import blockwise_attention
 from xoron_core.nn.linear_loss import linear_cross_entropy
@@ -89,9 +96,9 @@ def peak_megabytes(way: str, positions: int, width: int, rows: int) -> float:
     torch.set_num_threads(1)
     inputs = head_inputs(positions, width, rows)
     head_step(way, *head_inputs(8, 8, 64))  # what the first call loads is no part of the step
-    before = _peak_megabytes()
+    before = peak_resident_megabytes()
     head_step(way, *inputs)
-    return _peak_megabytes() - before
+    return peak_resident_megabytes() - before
 
 
 def head_memory(positions: int, width: int, rows: int) -> dict[str, float]:
@@ -209,14 +216,6 @@ def main() -> int:
         print(f"rank {rank}: {ratio:.3f} x the CPU seconds of {ALONE}", end=", ")
         print(f"waiting {told_rank['waiting']:.1%} of the wall time")
     return 0
-
-
-def _peak_megabytes() -> float:
-    """High-water mark of this process's resident memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise OSError("/proc/self/status has no VmHWM; peak memory is measured on Linux only")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 Clock = Callable[[], float]
 Side = Callable[[], object]
@@ -130,27 +131,65 @@ def children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def machine_floors(*, smoke: bool = False) -> dict[str, Callable[[], float]]:
-    """An fp32 GEMM in GFLOP/s and a memory read in GB/s, as `floors` of `compare`.
+def machine_floors(
+    *, smoke: bool = False, device: str = "cpu", dtype: str = "float32"
+) -> dict[str, Callable[[], float]]:
+    """A matrix product in GFLOP/s, a memory read and matrix-vector products in GB/s.
+
+    The third is what a kernel library makes of the second: decoding is such products, so their
+    rate says how much of a missed bandwidth floor is the library's.
 
     Args:
         smoke: sizes that take no time and mean nothing.
+        device: `cpu` (CPU seconds) or `cuda` (wall seconds, synchronised).
+        dtype: of the products.
     """
     import torch
 
-    size = 64 if smoke else 1024
-    left, right = torch.randn(size, size), torch.randn(size, size)
+    on_cpu = device == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    size = 64 if smoke else 1024 if on_cpu else 8192
+    kind = getattr(torch, dtype)
+    left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     # Four times any last-level cache we met, so that the read goes to memory.
-    memory = torch.ones((1 if smoke else 256) * 2**20 // 4)
-    flops, gigabytes = 2 * size**3 / 1e9, memory.nbytes / 1e9
+    memory = torch.ones((1 if smoke else 256 if on_cpu else 4096) * 2**20 // 4, device=device)
+    shape = (16, 16) if smoke else (2048, 1024)
+    matrices = memory.to(kind)[: memory.numel() // (shape[0] * shape[1]) * shape[0] * shape[1]]
+    vector = torch.ones(1, shape[1], device=device, dtype=kind)
 
-    def gemm() -> float:
-        return flops / max(_time(lambda: left @ right, time.process_time), 1e-9)
+    def rate(amount: float, side: Side) -> float:
+        return amount / 1e9 / max(_time(synchronised(side, device), clock), 1e-9)
 
-    def read() -> float:
-        return gigabytes / max(_time(memory.sum, time.process_time), 1e-9)
+    def vectors() -> None:
+        for matrix in matrices.view(-1, *shape):
+            torch.nn.functional.linear(vector, matrix)
 
-    return {"fp32 GEMM GFLOP/s": gemm, "memory read GB/s": read}
+    return {
+        f"{dtype} GEMM GFLOP/s": lambda: rate(2 * size**3, lambda: left @ right),
+        "memory read GB/s": lambda: rate(memory.nbytes, memory.sum),
+        f"{dtype} matrix-vector GB/s": lambda: rate(matrices.nbytes, vectors),
+    }
+
+
+def synchronised(side: Side, device: str) -> Side:
+    """A side whose work is done when it returns, on an accelerator too."""
+    if device == "cpu":
+        return side
+    import torch
+
+    def run() -> None:
+        side()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def peak_resident_megabytes() -> float:
+    """High-water mark of this process's resident memory (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status has no VmHWM; peak memory is measured on Linux only")
 
 
 @contextlib.contextmanager
