@@ -203,9 +203,9 @@ def peak_memory(name: str, options: argparse.Namespace, config: MoeConfig, lengt
     ids = torch.randint(1, ROWS[options.rows], (1, length), device=options.device)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         train_step(model, ids)()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     train_step(_place(build(name, MoeConfig.parse(SIZES["tiny"]), 64), options), ids[:, :8] % 64)()
     before = peak_resident_megabytes()
     train_step(model, ids)()
@@ -300,7 +300,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     like = next(models[OURS].parameters()).new_empty(0)
     models.clear()
     for tokens in (16,) if smoke else (512, 2048):
-        flops = 3.0 * 2 * (2 * tokens) * width * 3 * inner
+        flops = 18.0 * 2 * tokens * width * inner
         sides = partial(expert_sides, tokens, width, inner, like)
         measure(f"experts at {tokens}", sides, flops=flops)
     if options.only in (memory := f"peak memory of a train step 1x{length}"):
