@@ -1,4 +1,4 @@
-"""The interface of every component kind.
+"""The interface of every component kind; what they hand to each other is in `values`.
 
 Legend of shapes: B batch rows, N positions of a sequence, D backbone width, M media items,
 L features of one item, E feature width, K positions that one item takes, T frames or steps,
@@ -12,90 +12,26 @@ under activation recomputation, accumulation and dummy batches it would be count
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from xoron_core.config import Config
-from xoron_core.tokens.space import CodecRange, TextBase, TokenSpace
+from xoron_core.tokens.space import CodecRange, TextBase
+from xoron_core.values import BackboneOutput as BackboneOutput
+from xoron_core.values import Codes as Codes
+from xoron_core.values import Context as Context
+from xoron_core.values import Cost as Cost
+from xoron_core.values import Features as Features
+from xoron_core.values import LossTerm as LossTerm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MediaTensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a component may know of its composition while it is built.
-
-    Attributes:
-        slot: the slot it fills, e.g. `image.encoder`.
-        hidden_size: D of the backbone, or None where there is none.
-        feature_size: E of the encoder of the same modality, or None.
-        space: the token space, or None where no tokenizer and no codec is composed.
-        parts: the components built before this one, by slot (`{ref: slot}` names one).
-    """
-
-    slot: str
-    hidden_size: int | None = None
-    feature_size: int | None = None
-    space: TokenSpace | None = None
-    parts: Mapping[str, Any] = field(default_factory=dict)
-
-
-class LossTerm(NamedTuple):
-    """A loss as a sum and the count it is to be divided by, globally, by whoever trains.
-
-    Attributes:
-        sum: scalar, differentiable.
-        count: scalar without gradient.
-        metrics: name to (sum, count), without gradient.
-    """
-
-    sum: Tensor
-    # Shadows tuple.count: it has to be a tuple, or FSDP's walk over outputs misses the tensors.
-    count: Tensor  # type: ignore[assignment]
-    metrics: Mapping[str, tuple[Tensor, Tensor]] = {}
-
-
-class Features(NamedTuple):
-    """Encoder or projector output.
-
-    Attributes:
-        values: (M, L, E).
-        mask: (M, L) bool, True where valid.
-        positions: (M, L, A) with A axes, fp32, or None.
-    """
-
-    values: Tensor
-    mask: Tensor
-    positions: Tensor | None = None
-
-
-class Codes(NamedTuple):
-    """Codec output: what a sequence carries, and what decoding needs beside it.
-
-    Attributes:
-        ids: (M, T, Q) int64, local to each codebook.
-        mask: (M, T) bool, True where valid.
-        metadata: one JSON-able mapping per item.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    metadata: Sequence[Mapping[str, Any]]
-
-
-class Cost(NamedTuple):
-    """What one batch takes: sequence positions, floating-point operations, activation bytes."""
-
-    positions: int
-    flops: int
-    activation_bytes: int
+AfterLayer = Callable[[Tensor, int], Tensor]
 
 
 class MediaProcessor(Protocol):
@@ -193,16 +129,6 @@ class Tokenizer(ABC):
         """The base tokenizer, whose ids are `0 .. text_base().size - 1`."""
 
 
-class BackboneOutput(NamedTuple):
-    """Attributes: hidden (B, N, D); cache, or None when caching is off; its own losses, counted as
-    in `Backbone.loss_counts`; while training, statistics (sums) for `after_optimizer_step`."""
-
-    hidden: Tensor
-    cache: Any = None
-    losses: Mapping[str, LossTerm] = {}
-    statistics: Mapping[str, Tensor] = {}
-
-
 class Backbone(Part):
     """Embeddings to hidden states; owns the input embedding and the head.
 
@@ -210,7 +136,11 @@ class Backbone(Part):
         hidden_size: D.
         position_kind: `1d` for (B, N) positions, `mrope` for (3, B, N).
         honours_documents: whether `document_ids` keep packed documents apart.
-        fusion_layers: indices at which a fusion may be inserted.
+        fusion_layers: indices, from 0, of the layers after which it calls `after_layer`; none if it
+            takes no fusion.
+        group_names: none, or `("text",)` if its `forward` takes `position_groups` (B, N) int64 in
+            training, to observe modalities apart; the model then sets `text` and its modalities,
+            which are what the groups number.
         model: the transformers causal language model that is wrapped.
     """
 
@@ -218,6 +148,7 @@ class Backbone(Part):
     position_kind: str = "1d"
     honours_documents: bool = True
     fusion_layers: tuple[int, ...] = ()
+    group_names: tuple[str, ...] = ()
     model: Any
 
     @abstractmethod
@@ -234,6 +165,7 @@ class Backbone(Part):
         document_ids: Tensor | None = None,
         cache: Any = None,
         use_cache: bool = False,
+        after_layer: AfterLayer | None = None,
     ) -> BackboneOutput:
         """Runs the layers.
 
@@ -245,6 +177,9 @@ class Backbone(Part):
                 different documents never see each other.
             cache: a transformers `Cache`, or None.
             use_cache: whether to make a cache when none is given.
+            after_layer: called with (B, N, D) and the index of each layer that has just run, its
+                result goes on; outside what activation recomputation repeats. Only a backbone that
+                declares `fusion_layers` is given one.
         """
 
     @abstractmethod
@@ -287,7 +222,14 @@ class Encoder(Part):
 
 
 class Projector(Part):
-    """Features (M, L, E) to backbone space (M, K, D)."""
+    """Features (M, L, E) to backbone space (M, K, D).
+
+    Attributes:
+        budgeted: whether `forward` also takes `counts`, (M,) int64: how many positions each item is
+            to take, which may be fewer than `num_positions` (`XoronProcessor.budgets`).
+    """
+
+    budgeted: bool = False
 
     @abstractmethod
     def forward(self, features: Features) -> Features:
@@ -377,15 +319,38 @@ class Generator(Part):
 
 
 class Fusion(Part):
-    """Cross-attention of text on media features at declared backbone layers."""
+    """Cross-attention of a sequence on media features, after declared backbone layers.
 
+    Legend: S features of a row, media of all modalities one after another, rows padded alike.
+    """
+
+    entry_methods = ("remember",)
+
+    @property
     @abstractmethod
     def layers(self) -> tuple[int, ...]:
-        """Backbone layers after which it is applied."""
+        """Backbone layers after which it is applied, among the backbone's `fusion_layers`."""
 
     @abstractmethod
-    def forward(self, hidden: Tensor, features: Features, layer: int) -> Tensor:
-        """(B, N, D) to (B, N, D); exactly the identity at initialisation."""
+    def remember(self, features: Tensor) -> tuple[Tensor, ...]:
+        """What all its layers need of (B, S, D) projector outputs, each (B, S, ...).
+
+        It is made once per medium and kept beside the cache while text is generated.
+        """
+
+    @abstractmethod
+    def forward(
+        self, hidden: Tensor, memory: tuple[Tensor, ...], *, visible: Tensor, layer: int
+    ) -> Tensor:
+        """(B, N, D) to (B, N, D); exactly the identity at initialisation.
+
+        Args:
+            hidden: (B, N, D), what the backbone layer gave.
+            memory: as `remember` gave it.
+            visible: (B, N, S) bool, which features a position may look at. A position that may look
+                at none is not changed at all.
+            layer: index of that layer.
+        """
 
 
 class Loss(Part):

@@ -22,7 +22,8 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from xoron_core.nn.attention import Attention, attend
+from xoron_core.nn.attention import Attention
+from xoron_core.nn.kernels import sdpa
 from xoron_core.nn.masks import causal_mask
 from xoron_core.nn.mlp import SwiGLU
 from xoron_core.nn.norms import RMSNorm
@@ -168,8 +169,8 @@ def test_attend_grouped_equals_repeated_heads_and_additive_equals_boolean_mask()
     additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
     scores = q @ k.repeat_interleave(3, 1).mT / 8**0.5 + additive
     expected = scores.softmax(-1) @ v.repeat_interleave(3, 1)
-    torch.testing.assert_close(attend(q, k, v, mask=mask), expected, **CLOSE)
-    torch.testing.assert_close(attend(q, k, v, mask=additive), expected, **CLOSE)
+    torch.testing.assert_close(sdpa(q, k, v, mask=mask), expected, **CLOSE)
+    torch.testing.assert_close(sdpa(q, k, v, mask=additive), expected, **CLOSE)
     one = q[:, :, :1]
     alone = (one @ k.repeat_interleave(3, 1).mT / 8**0.5).softmax(-1) @ v.repeat_interleave(3, 1)
-    torch.testing.assert_close(attend(one, k, v, causal=True), alone, **CLOSE)
+    torch.testing.assert_close(sdpa(one, k, v, causal=True), alone, **CLOSE)

@@ -1,10 +1,9 @@
-"""Grouped-query attention with rotary positions and a key-value cache, over torch's SDPA.
+"""Grouped-query attention with rotary positions and a key-value cache, over any kernel.
 
 Footguns:
-- The mask is made once per forward (`masks.causal_mask`) and shared by all layers. None means
-  plain causal attention where queries and keys are equally many, else every key.
+- Kernel and mask are chosen once per forward (`kernel_choice.choose`) and shared by all layers. No
+  mask means plain causal attention where queries and keys are equally many, else every key.
 - The cache is transformers': `cache.update(keys, values, layer_idx)` returns all keys so far.
-- SDPA's `is_causal` aligns upper left: it is wrong as soon as there are cached keys.
 
 Shapes: B rows, N queries, S keys, D width, H heads, G key-value heads (H a multiple), d per head.
 """
@@ -13,51 +12,15 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
+from xoron_core.nn.kernels import Kernel, sdpa
 from xoron_core.nn.norms import RMSNorm
 from xoron_core.nn.rope import apply_rotary
 
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """Scaled dot-product attention with grouped heads, kept off the slow math kernel.
-
-    Args:
-        q: (B, H, N, d).
-        k, v: (B, G, S, d) with G dividing H.
-        mask: (B or 1, 1, N, S), bool (True may look) or additive, or None.
-        causal: without a mask, whether query n sees keys 0 .. n only.
-        scale: of the scores; None is 1 / sqrt(d).
-
-    Returns:
-        (B, H, N, d).
-    """
-    groups = q.shape[1] // k.shape[1]
-    is_causal = causal and mask is None and q.shape[2] > 1
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if groups == 1 or q.device.type == "cpu" or (half and mask is None and q.shape[2] > 1):
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
-        )
-    if q.shape[2] == 1:
-        # One query per head: the heads of a group are the queries of its key-value head.
-        packed = rearrange(q, "B (G R) 1 d -> B G R d", R=groups)
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scale)
-        return rearrange(out, "B G R d -> B (G R) 1 d")
-    # On CUDA, grouped heads fall back to the math kernel with a mask and in fp32.
-    k, v = (repeat(t, "B G S d -> B (G R) S d", R=groups) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+# What blocks without a choice of kernels call.
+attend = sdpa
 
 
 class Attention(nn.Module):
@@ -101,16 +64,18 @@ class Attention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         *,
-        mask: Tensor | None = None,
+        mask: Any = None,
         cache: Any = None,
+        kernel: Kernel = sdpa,
     ) -> Tensor:
         """Attends and projects back.
 
         Args:
             x: (B, N, D).
             rope: cosine and sine tables (B or 1, N, d) of these positions.
-            mask: (B or 1, 1, N, S) as `masks.causal_mask` makes it.
+            mask: in the form that the kernel takes, or None; see `kernels.Kernel`.
             cache: a transformers `Cache` that is extended by these positions, or None.
+            kernel: what attends.
 
         Returns:
             (B, N, D).
@@ -124,5 +89,5 @@ class Attention(nn.Module):
         q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        out = attend(q, k, v, mask=mask, causal=True)
+        out = kernel(q, k, v, mask=mask, causal=True)
         return cast(Tensor, self.o_proj(rearrange(out, "B H N d -> B N (H d)")))

@@ -89,7 +89,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if device not in ("cpu", "cuda"):
         raise XoronError(
             f"block attention has kernels for cpu and cuda, got tensors on {device}; use"
-            " xoron_core.nn.attention.attend there"
+            " xoron_core.nn.kernels.sdpa there"
         )
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))

@@ -9,10 +9,12 @@ that side of the rule is reasoned, not measured.
 
 Footguns:
 - A decoding step that is being compiled runs every expert on its few tokens: sizes that depend on
-  values would break its graph.
+  values would break its graph. The same on the meta device, which has no values.
 - `grouped_mm` leaves rows behind the last offset undefined: they are masked on both sides.
-- Its strides must be multiples of 16 bytes, so widths multiples of 8 in half precision.
-- An adapter inside an expert is no plain Linear; such experts run as slices.
+- Its strides must be multiples of 16 bytes: widths that are multiples of 8 in half precision, of 4
+  in fp32. Other widths run as slices too.
+- The grouped kernel reads the weights of plain layers. Where one is something else (an adapter, a
+  quantised, distributed or offloaded layer) all experts run as slices, whatever was asked for.
 
 Shapes: T tokens, D width, F inner width, E experts, K chosen per token, M = T * K choices.
 """
@@ -46,16 +48,17 @@ def run_experts(
         tokens: (T, D).
         weights: (T, K).
         chosen: (T, K) int64 expert indices; E where a token goes to no expert.
-        kernel: how to run them; None decides by device, precision and kind of layer.
+        kernel: how to run them if their layers allow it; None decides by device and precision.
 
     Returns:
         (T, D).
     """
-    if torch.compiler.is_compiling() and len(tokens) <= len(experts):
+    few = torch.compiler.is_compiling() and len(tokens) <= len(experts)
+    if few or tokens.is_meta:
         return _all_masked(experts, tokens, weights=weights, chosen=chosen)
     order = chosen.flatten().argsort(stable=True)
     counts = torch.bincount(chosen.flatten(), minlength=len(experts) + 1)[: len(experts)]
-    if (kernel or _kernel(experts, tokens)) == "grouped":
+    if _kernel(experts, tokens, kernel) == "grouped":
         source = order // chosen.shape[1]
         nowhere = chosen.flatten().index_select(0, order).unsqueeze(-1) == len(experts)
         mixed = _grouped(experts, tokens.index_select(0, source), counts=counts, nowhere=nowhere)
@@ -69,12 +72,20 @@ def run_experts(
     return torch.zeros_like(tokens, dtype=mixed.dtype).index_add(0, source, mixed)
 
 
-def _kernel(experts: nn.ModuleList, tokens: Tensor) -> Kernel:
-    first = cast(SwiGLU, experts[0])
-    plain = all(type(layer) is nn.Linear for layer in first.children())
-    half = first.gate_proj.weight.dtype in (torch.bfloat16, torch.float16)
-    aligned = all(size % 8 == 0 for size in first.gate_proj.weight.shape) if plain else False
-    return "grouped" if tokens.is_cuda and plain and half and aligned else "slices"
+def _kernel(experts: nn.ModuleList, tokens: Tensor, wanted: Kernel | None) -> Kernel:
+    layers = [layer for expert in experts for layer in expert.children()]
+    weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
+    # Quantised and distributed weights are parameters of a class of their own; offloaded ones are
+    # on the meta device except while their own layer runs.
+    plain = len(weights) == len(layers) and all(
+        type(weight) is nn.Parameter and weight.device == tokens.device for weight in weights
+    )
+    if wanted == "slices" or not plain:
+        return "slices"
+    size = weights[0].element_size()
+    if any(side * size % 16 for side in weights[0].shape):
+        return "slices"
+    return wanted or ("grouped" if tokens.is_cuda and size == 2 else "slices")
 
 
 def _all_masked(

@@ -2,8 +2,8 @@
 
 A position is projected to a latent of r numbers and one rotary key that all heads share. The cache
 keeps both as one contiguous row of r + d_rope numbers. Many queries (training, prefill) expand the
-rows to keys and values of every head and use the flash kernel; few queries over a cache absorb the
-expansion into the query and the output instead, so that decoding reads each row once.
+rows to keys and values of every head and use any kernel; few queries over a cache absorb the
+expansion into the query and the output instead, over SDPA, so that decoding reads each row once.
 
 Footguns:
 - The absorbed and the expanded form are equal in exact arithmetic, not bit for bit.
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from xoron_core.nn.attention import attend
+from xoron_core.nn.kernels import Kernel, sdpa
 from xoron_core.nn.norms import RMSNorm
 from xoron_core.nn.rope import apply_rotary
 
@@ -84,16 +84,19 @@ class LatentAttention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         *,
-        mask: Tensor | None = None,
+        mask: Any = None,
         cache: Any = None,
+        kernel: Kernel = sdpa,
     ) -> Tensor:
         """Attends and projects back.
 
         Args:
             x: (B, N, D).
             rope: cosine and sine tables (B or 1, N, p) of these positions.
-            mask: (B or 1, 1, N, S) as `masks.causal_mask` makes it.
+            mask: in the form that the kernel takes, or None; see `kernels.Kernel`. Over a cache
+                it is dense.
             cache: a transformers `Cache` that is extended by these positions, or None.
+            kernel: what attends to expanded rows.
 
         Returns:
             (B, N, D).
@@ -114,7 +117,7 @@ class LatentAttention(nn.Module):
         if few and rows.shape[1] > length:
             out = self.absorbed(q_nope, q_rope, rows, mask=mask)
         else:
-            out = self.expanded(q_nope, q_rope, rows, mask=mask)
+            out = self.expanded(q_nope, q_rope, rows, mask=mask, kernel=kernel)
         return cast(Tensor, self.o_proj(rearrange(out, "B H N v -> B N (H v)")))
 
     def _rows(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -124,14 +127,21 @@ class LatentAttention(nn.Module):
         return torch.cat((self.kv_a_layernorm(latent), key), dim=-1)
 
     def expanded(
-        self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, *, mask: Tensor | None = None
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        rows: Tensor,
+        *,
+        mask: Any = None,
+        kernel: Kernel = sdpa,
     ) -> Tensor:
         """Attention over keys and values of every head.
 
         Args:
             q_nope, q_rope: (B, H, N, n) and (B, H, N, p), the latter rotated.
             rows: (B, S, r + p).
-            mask: (B or 1, 1, N, S); None is causal where N = S, else every key.
+            mask: in the form that the kernel takes; None is causal where N > 1, else every key.
+            kernel: what attends.
 
         Returns:
             (B, H, N, v).
@@ -145,20 +155,22 @@ class LatentAttention(nn.Module):
         q, k, v = (
             F.pad(t, (0, wider - t.shape[-1])) if t.shape[-1] < wider else t for t in (q, k, v)
         )
-        out = attend(q, k, v, mask=mask, causal=q.shape[2] == k.shape[2], scale=self.scale)
+        out = kernel(q, k, v, mask=mask, causal=True, scale=self.scale)
         return out[..., : self.value]
 
     def absorbed(
         self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, *, mask: Tensor | None = None
     ) -> Tensor:
-        """The same without making keys and values; arguments and result as in `expanded`.
+        """The same without making keys and values, with a dense mask; otherwise as `expanded`.
 
         A score is q_nope . (W_k latent) = (W_k' q_nope) . latent, and the heads' values are
         W_v (weights . latents): all heads attend as if they were queries of one head. The rows
         serve as values too, and what comes of their rotated part is dropped: with a slice of other
-        width the flash kernel would not run.
+        width the flash kernel would not run. Queries are scaled first: W_k' q_nope is a tensor of
+        the model's type and would be the first thing to overflow in fp16.
         """
-        up = rearrange(self._kv_b_weight(), "(H w) r -> H w r", H=self.num_heads)
+        q_nope, q_rope = q_nope * self.scale, q_rope * self.scale
+        up = rearrange(self._kv_b_weight(rows), "(H w) r -> H w r", H=self.num_heads)
         to_key, to_value = up.split((self.nope, self.value), dim=1)
         q = torch.cat((torch.einsum("bhnd,hdr->bhnr", q_nope, to_key), q_rope), dim=-1)
         length = q.shape[2]
@@ -168,13 +180,18 @@ class LatentAttention(nn.Module):
             mask = mask.expand(-1, -1, self.num_heads, -1)
         keys = rows.unsqueeze(1)
         packed = rearrange(q, "B H N w -> B 1 (H N) w")
-        mixed = attend(packed, keys, keys, mask=mask, scale=self.scale)[..., : self.rank]
+        mixed = sdpa(packed, keys, keys, mask=mask, scale=1.0)[..., : self.rank]
         mixed = rearrange(mixed, "B 1 (H N) r -> B H N r", N=length)
         return torch.einsum("bhnr,hvr->bhnv", mixed, to_value)
 
-    def _kv_b_weight(self) -> Tensor:
+    def _kv_b_weight(self, like: Tensor) -> Tensor:
         """(H (n + v), r): the weight of `kv_b_proj`, whatever stands in its place."""
-        if type(self.kv_b_proj) is nn.Linear:
-            return self.kv_b_proj.weight
-        unit = torch.eye(self.rank, dtype=self.kv_a_layernorm.weight.dtype)
-        return cast(Tensor, self.kv_b_proj(unit.to(self.kv_a_layernorm.weight.device)).mT)
+        layer = self.kv_b_proj
+        if type(layer) is nn.Linear:
+            if hasattr(layer.weight, "to_local"):  # split by heads: those of this process
+                return cast(Tensor, layer.weight.to_local())
+            # A quantised weight is of another class; an offloaded one is there only in a call.
+            if type(layer.weight) is nn.Parameter and not layer.weight.is_meta:
+                return layer.weight
+        unit = torch.eye(self.rank, dtype=like.dtype, device=like.device)
+        return cast(Tensor, layer(unit).mT)

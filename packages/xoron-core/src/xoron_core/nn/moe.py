@@ -16,26 +16,42 @@ Footguns:
   is zero and not missing: data-parallel training waits for the gradient of every parameter.
 - The router decides in fp32 also under autocast; keep weight and bias in fp32 when a model is cast
   down: in half precision small bias updates are lost.
+- Statistics are fp32 sums: counts are exact up to 16,777,216.
 
-Shapes: B rows, N positions, D width, T = B * N tokens, E experts, K chosen per token.
+Shapes: B rows, N positions, D width, T = B * N tokens, E experts, K chosen per token, G groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xoron_core.nn.experts import run_experts
+from xoron_core.nn.experts import Kernel, run_experts
 from xoron_core.nn.mlp import SwiGLU
 
 Scoring = Literal["sigmoid", "softmax"]
 
 
+class Groups(NamedTuple):
+    """Which kind of position is which, for statistics apart: text, image, ...
+
+    Attributes:
+        ids: (B, N) int64 in 0 .. number - 1; any of them where a position is padding.
+        number: G, the same on every process and in every batch.
+    """
+
+    ids: Tensor
+    number: int
+
+
 class RouterStatistics(NamedTuple):
     """What one block observed in one forward pass; all sums, fp32, so that they add up.
+
+    With groups, the first three have an axis G in front.
 
     Attributes:
         load: (E,) how often each expert was chosen.
@@ -94,14 +110,12 @@ class TopKRouter(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.selection_bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, D) to weights (T, K) fp32 and expert indices (T, K) int64."""
-        return self.choose(self.scores(self.logits(x)))
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(T, D) to (T, E) fp32."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) to logits (T, E) fp32, weights (T, K) fp32 and expert indices (T, K) int64."""
+        device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
+        with torch.autocast(device, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())
+        return logits, *self.choose(self.scores(logits))
 
     def scores(self, logits: Tensor) -> Tensor:
         """(T, E) logits to scores in 0 .. 1."""
@@ -177,61 +191,94 @@ class MoE(nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, *, observe: Literal[False] = False
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        *,
+        kernel: Kernel | None = None,
+        observe: Literal[False] = False,
     ) -> Tensor: ...
 
     @overload
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, *, observe: Literal[True]
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        *,
+        kernel: Kernel | None = None,
+        observe: Literal[True],
+        groups: Groups | None = None,
     ) -> tuple[Tensor, RouterStatistics]: ...
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, *, observe: bool = False
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        *,
+        kernel: Kernel | None = None,
+        observe: bool = False,
+        groups: Groups | None = None,
     ) -> Tensor | tuple[Tensor, RouterStatistics]:
         """Runs each token through its experts; what it gets does not depend on other tokens.
 
         Args:
             x: (B, N, D).
             valid: (B, N) bool, False where a position is padding; None for all valid.
+            kernel: how the experts run, see `run_experts`.
             observe: whether to return statistics too.
+            groups: of positions, to observe them apart.
 
         Returns:
             (B, N, D), or that and the statistics.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        logits = self.router.logits(tokens)
-        scores = self.router.scores(logits)
-        weights, experts = self.router.choose(scores)
+        logits, weights, experts = self.router(tokens)
         chosen = (
             experts
             if valid is None
             else experts.masked_fill(~valid.reshape(-1, 1), len(self.experts))
         )
-        out = run_experts(self.experts, tokens, weights=weights, chosen=chosen)
+        out = run_experts(self.experts, tokens, weights=weights, chosen=chosen, kernel=kernel)
         if self.shared_expert is not None:
             out = out + self.shared_expert(tokens)
         out = out.view_as(x)
         if not observe:
             return out
         rows = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        return out, self._observe(logits, scores, chosen, rows=rows if valid is None else valid)
+        rows = rows if valid is None else valid
+        return out, self._observe(logits, chosen, rows=rows, groups=groups)
 
     def _observe(
-        self, logits: Tensor, scores: Tensor, chosen: Tensor, *, rows: Tensor
+        self, logits: Tensor, chosen: Tensor, *, rows: Tensor, groups: Groups | None
     ) -> RouterStatistics:
-        """(T, E), (T, E), (T, K) with E for padding, and the valid positions (B, N)."""
-        num_experts, valid = len(self.experts), rows.reshape(-1)
-        load = torch.bincount(chosen.flatten(), minlength=num_experts + 1)[:num_experts]
+        """(T, E), (T, K) with E for padding, and the valid positions (B, N)."""
+        valid, scores = rows.reshape(-1), self.router.scores(logits)
         share = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
-        entropy = torch.special.entr(share.detach()).sum(-1)
+        entropy = torch.special.entr(share.detach()).sum(-1) * valid
+        if groups is None:
+            counted = (self._load(chosen), valid.sum().float(), entropy.sum())
+        else:
+            # A group's padding is counted as a choice of expert E, which `_load` cuts off.
+            kind = groups.ids.reshape(-1)
+            zeros = entropy.new_zeros(groups.number)
+            counted = (
+                self._load(chosen, kind.unsqueeze(-1), groups.number),
+                zeros.index_add(0, kind, valid.float()),
+                zeros.index_add(0, kind, entropy),
+            )
         return RouterStatistics(
-            load=load.float(),
-            tokens=valid.sum().float(),
-            entropy=(entropy * valid).sum(),
+            *counted,
             balance=self._balance(scores, share, rows),
             rows=rows.any(-1).sum().float(),
             z=(logits.logsumexp(-1).square() * valid).sum(),
         )
+
+    def _load(self, chosen: Tensor, kind: Tensor | int = 0, count: int | None = None) -> Tensor:
+        """(T, K) choices, and (T, 1) groups, to how often each expert is chosen, (E,) or (G, E)."""
+        bins = len(self.experts) + 1
+        load = torch.bincount((kind * bins + chosen).flatten(), minlength=(count or 1) * bins)
+        load = load.view(-1, bins)[:, :-1].float()
+        return load.squeeze(0) if count is None else load
 
     def _balance(self, scores: Tensor, share: Tensor, rows: Tensor) -> Tensor:
         """The sequence-wise balance loss (DeepSeek-V3, 2024, eq. 17 to 20), summed over rows.
@@ -249,20 +296,35 @@ class MoE(nn.Module):
         return (frequency * (share.view(shape) * valid).sum(1) / count).sum()
 
 
-def balance_metrics(load: Tensor, tokens: Tensor, entropy: Tensor) -> dict[str, float]:
+def balance_metrics(
+    load: Tensor, tokens: Tensor, entropy: Tensor, *, top_k: int, names: Sequence[str] = ()
+) -> dict[str, float]:
     """How evenly one block's experts were used.
 
     Args:
         load, tokens, entropy: as in `RouterStatistics`, summed over a step or several.
+        top_k: K.
+        names: of the G groups, if there are any.
 
     Returns:
-        `max_load` and `min_load` over the mean load (1 is even), and the mean `entropy` of a
-        token's scores over its maximum ln E (1 is undecided).
+        `max_load` and `min_load` over the mean load (1 is even); the mean `entropy` of a token's
+        scores over its maximum ln E (1 is undecided); and `dropped`, the choices that tokens were
+        due and no expert saw. Nothing has a capacity here, so that one is 0, or there is a mistake.
+        With groups the same of each as `name/...`, except of those without tokens.
     """
+    if load.ndim == 2:
+        apart = {
+            f"{name}/{key}": value
+            for name, *sums in zip(names, load, tokens, entropy, strict=True)
+            if sums[1] > 0
+            for key, value in balance_metrics(*sums, top_k=top_k).items()
+        }
+        return balance_metrics(load.sum(0), tokens.sum(), entropy.sum(), top_k=top_k) | apart
     mean = load.float().mean().clamp(min=1e-9)
     most = torch.tensor(float(load.numel())).log().clamp(min=1e-9)
     return {
         "max_load": float(load.max() / mean),
         "min_load": float(load.min() / mean),
         "entropy": float(entropy / tokens.clamp(min=1)) / float(most),
+        "dropped": float(top_k * tokens.double() - load.double().sum()),
     }

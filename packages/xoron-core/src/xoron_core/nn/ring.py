@@ -18,7 +18,7 @@ Shapes: B rows, n = N / W local positions, H heads, G key-value heads (H a multi
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from xoron_core.errors import SequenceError
 from xoron_core.nn import zigzag
 from xoron_core.nn.blockwise import Block, block_backward, block_forward, merge_, prepare
 
-Group = dist.ProcessGroup | None
+Group: TypeAlias = "dist.ProcessGroup | None"  # not evaluated: some builds of torch have none
 
 _KEYS_VALUES, _GRADIENTS = 0, 1  # message tags: both are under way at once in the backward pass
 

@@ -10,6 +10,7 @@ from xoron_core.config import Source
 from xoron_core.errors import ConfigError
 from xoron_core.nn.rope_scaling import KINDS, Rotary
 from xoron_llm.moe.config import MoeConfig
+from xoron_llm.moe.parallel import tensor_parallel_plan
 
 
 class XoronMoeConfig(PretrainedConfig):
@@ -99,6 +100,15 @@ class XoronMoeConfig(PretrainedConfig):
             self.v_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How transformers splits the decoder over processes; see `xoron_llm.moe.parallel`."""
+        return tensor_parallel_plan(self)
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """transformers 5.17 writes back, for tied embeddings, what it has already."""
 
     @property
     def rotary_theta(self) -> float:

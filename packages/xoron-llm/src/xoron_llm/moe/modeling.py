@@ -5,6 +5,8 @@
 - Every `moe_layer_freq`-th layer routes each token to a few experts beside a shared one.
 - Padding, left or right, and packed documents are kept apart by one mask for all layers; a
   batch without either takes the causal fast path. Padding is routed to no expert.
+- `attn_implementation` names the attention kernel, see `xoron_core.nn.kernel_choice`; under
+  `xoron_core.nn.context_parallel` the sequence is shared by processes.
 - Rotary tables are computed at each forward: there is no buffer to go stale.
 
 Footguns:
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -33,16 +36,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from xoron_core.components import AfterLayer
 from xoron_core.errors import SequenceError
-from xoron_core.nn import masks
+from xoron_core.nn import context_parallel, kernel_choice, masks
 from xoron_core.nn.attention import Attention
+from xoron_core.nn.kernels import Kernel, sdpa
 from xoron_core.nn.latent_attention import LatentAttention
+from xoron_core.nn.masks import valid_positions
 from xoron_core.nn.memory import align_weights
 from xoron_core.nn.mlp import SwiGLU
-from xoron_core.nn.moe import MoE, RouterStatistics, TopKRouter
+from xoron_core.nn.moe import Groups, MoE, RouterStatistics, TopKRouter
 from xoron_core.nn.norms import RMSNorm
 from xoron_llm.moe.cache import grow_in_place
 from xoron_llm.moe.configuration import XoronMoeConfig
+from xoron_llm.moe.experts import ExpertsChoice, experts_kernel
+
+kernel_choice.register()
 
 
 @dataclass
@@ -64,6 +73,7 @@ class XoronMoeDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: XoronMoeConfig, index: int) -> None:
         super().__init__()
+        self.config = config
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = _attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -87,27 +97,30 @@ class XoronMoeDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
+        mask: Any = None,
         valid: Tensor | None = None,
         observe: bool = False,
+        kernel: Kernel = sdpa,
+        groups: Groups | None = None,
         past_key_values: Any = None,
     ) -> tuple[Tensor, ...]:
         """(B, N, D) to (B, N, D), followed by the router's statistics if there are any."""
         # The cache goes by transformers' name: its checkpointing takes that keyword away. The
         # result is flat, because re-entrant checkpointing finds no tensors in nested ones.
         hidden = hidden + self.self_attn(
-            self.input_layernorm(hidden), rope, mask=mask, cache=past_key_values
+            self.input_layernorm(hidden), rope, mask=mask, cache=past_key_values, kernel=kernel
         )
         x = self.post_attention_layernorm(hidden)
         if not isinstance(self.mlp, MoE):
             return (hidden + self.mlp(x),)
+        by = experts_kernel(self.config)
         if not observe:
-            return (hidden + self.mlp(x, valid),)
-        out, statistics = self.mlp(x, valid, observe=True)
+            return (hidden + self.mlp(x, valid, kernel=by),)
+        out, statistics = self.mlp(x, valid, kernel=by, observe=True, groups=groups)
         return (hidden + out, *statistics)
 
 
-class XoronMoePreTrainedModel(PreTrainedModel):
+class XoronMoePreTrainedModel(ExpertsChoice, PreTrainedModel):
     """What transformers needs to know of the architecture."""
 
     config: XoronMoeConfig
@@ -118,6 +131,8 @@ class XoronMoePreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"router"}
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": XoronMoeDecoderLayer}
 
     @classmethod
@@ -136,7 +151,14 @@ class XoronMoePreTrainedModel(PreTrainedModel):
 
 
 class XoronMoeModel(XoronMoePreTrainedModel):
-    """The decoder without its head."""
+    """The decoder without its head.
+
+    Attributes:
+        context_group: the processes that share each sequence, see `xoron_core.nn.context_parallel`;
+            None where there is one process to a sequence.
+    """
+
+    context_group: dist.ProcessGroup | None = None
 
     def __init__(self, config: XoronMoeConfig) -> None:
         super().__init__(config)
@@ -159,6 +181,8 @@ class XoronMoeModel(XoronMoePreTrainedModel):
         document_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_statistics: bool | None = None,
+        position_groups: Groups | None = None,
+        after_layer: AfterLayer | None = None,
         **kwargs: Any,
     ) -> MoeModelOutput:
         """Runs the layers.
@@ -176,6 +200,9 @@ class XoronMoeModel(XoronMoePreTrainedModel):
                 False while activations are recomputed.
             output_router_statistics: whether to return what the routers observed; None does so
                 while training.
+            position_groups: of the N positions, for statistics apart.
+            after_layer: called with (B, N, D) and the index of each layer that has just run; its
+                result goes on to the next one. It runs outside activation recomputation.
 
         Raises:
             SequenceError: if not exactly one input is given, or a mask does not cover S.
@@ -191,31 +218,51 @@ class XoronMoeModel(XoronMoePreTrainedModel):
         if use_cache and past_key_values is None and not recomputing:
             past_key_values = DynamicCache(config=self.config)
         grow_in_place(past_key_values)
-        mask = _mask(hidden, attention_mask, document_ids, past_key_values)
         plain_mask = _two_dimensional(attention_mask)
+        columns = {"past": _past(past_key_values), "document_ids": document_ids}
+        kernel, mask = self._attend_by(hidden, attention_mask, past_key_values, **columns)
         if position_ids is None:
-            position_ids = masks.positions(
-                hidden.shape[1],
-                past=_past(past_key_values),
-                attention_mask=plain_mask,
-                document_ids=document_ids,
-                device=hidden.device,
-            )
+            position_ids = self._positions(hidden, attention_mask=plain_mask, **columns)
         rope = self.config.rotary.tables(position_ids)
         valid = valid_positions(plain_mask, document_ids, length=hidden.shape[1])
         observe = self.training if output_router_statistics is None else output_router_statistics
+        shared = (rope, mask, valid, observe, kernel, position_groups)
         seen: list[tuple[Tensor, ...]] = []
-        for layer in self.layers:
-            hidden, *statistics = layer(
-                hidden, rope, mask, valid, observe, past_key_values=past_key_values
-            )
+        for index, layer in enumerate(self.layers):
+            hidden, *statistics = layer(hidden, *shared, past_key_values=past_key_values)
             if statistics:
                 seen.append(tuple(statistics))
+            if after_layer is not None:
+                hidden = after_layer(hidden, index)
         return MoeModelOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=past_key_values if use_cache else None,
             router_statistics=_stacked(seen),
         )
+
+    def _attend_by(
+        self, hidden: Tensor, attention_mask: Tensor | None, cache: Any, **columns: Any
+    ) -> kernel_choice.Choice:
+        """The kernel of all layers and the mask that it takes."""
+        columns["attention_mask"] = attention_mask
+        if self.context_group is not None:
+            return context_parallel.choose(self.context_group, **columns)
+        length = hidden.shape[1]
+        return kernel_choice.choose(
+            self.config._attn_implementation,
+            length=length,
+            device=hidden.device,
+            keys=None if cache is None else int(cache.get_mask_sizes(length, 0)[0]),
+            config=self.config,
+            **columns,
+        )
+
+    def _positions(self, hidden: Tensor, **columns: Any) -> Tensor:
+        """(B or 1, N): where the positions stand in their documents, rows or shared sequence."""
+        length, device = hidden.shape[1], hidden.device
+        if self.context_group is not None:
+            return context_parallel.positions(length, group=self.context_group, device=device)
+        return masks.positions(length, device=device, **columns)
 
     def moe_blocks(self) -> list[MoE]:
         """The M blocks with experts, first layer first."""
@@ -238,6 +285,7 @@ class XoronMoeForCausalLM(XoronMoePreTrainedModel, GenerationMixin):
     """The decoder and its head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: XoronMoeConfig) -> None:
         super().__init__(config)
@@ -264,12 +312,18 @@ class XoronMoeForCausalLM(XoronMoePreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, N), -100 ignored; shifted inside. The loss is the mean in nats, or the sum
-                over `num_items_in_batch` if that keyword is given.
+                over `num_items_in_batch` if that keyword is given. `shift_labels` instead are
+                taken as they are, each beside the position that predicts it.
             logits_to_keep: logits of the last positions only, or of these indices; 0 for all.
 
         Returns:
             Logits (B, N or kept, V), the loss and the cache.
         """
+        if labels is not None and self.model.context_group is not None:
+            raise SequenceError(
+                "labels of a shared sequence cannot be shifted inside its shards: each chunk's last"
+                " label stands in another; pass what context_parallel.shard returns (shift_labels)"
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -284,7 +338,7 @@ class XoronMoeForCausalLM(XoronMoePreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
@@ -295,25 +349,6 @@ class XoronMoeForCausalLM(XoronMoePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             router_statistics=outputs.router_statistics,
         )
-
-
-def valid_positions(
-    attention_mask: Tensor | None, document_ids: Tensor | None, *, length: int
-) -> Tensor | None:
-    """Which of the last N positions hold a token.
-
-    Args:
-        attention_mask: (B, S), nonzero where valid, or None.
-        document_ids: (B, S), 0 for padding, or None.
-        length: N.
-
-    Returns:
-        (B, N) bool, or None where neither is given.
-    """
-    given = [t[:, -length:] != 0 for t in (attention_mask, document_ids) if t is not None]
-    if not given:
-        return None
-    return given[0] if len(given) == 1 else given[0] & given[1]
 
 
 def _attention(config: XoronMoeConfig, index: int) -> Attention | LatentAttention:
@@ -356,20 +391,3 @@ def _past(cache: Any) -> int:
 
 def _two_dimensional(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-
-
-def _mask(
-    hidden: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, cache: Any
-) -> Tensor | None:
-    """The (B or 1, 1, N, S) mask of all layers, or None for the causal fast path."""
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask
-    length = hidden.shape[1]
-    return masks.causal_mask(
-        length,
-        past=_past(cache),
-        keys=None if cache is None else int(cache.get_mask_sizes(length, 0)[0]),
-        attention_mask=attention_mask,
-        document_ids=document_ids,
-        device=hidden.device,
-    )
