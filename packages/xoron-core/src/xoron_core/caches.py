@@ -26,6 +26,7 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from xoron_core.errors import CompositionError, ConfigError, SequenceError
+from xoron_core.media_memory import MediaLayer
 from xoron_core.model import XoronModel
 from xoron_core.outputs import XoronOutput
 
@@ -232,13 +233,14 @@ class Lane:
 
 def cut_by_columns(cache: Any, columns: int) -> bool:
     """Whether each layer of a cache holds exactly that many columns and can give some back."""
+    if not isinstance(cache, Cache):
+        return False
+    layers = [layer for layer in cache.layers if not isinstance(layer, MediaLayer)]
     return (
-        isinstance(cache, Cache)
-        and len(cache.layers) > 0
-        and not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
-        and all(hasattr(layer, "crop") for layer in cache.layers)
-        and all(_length(layer) in (None, columns) for layer in cache.layers)
-        and any(_length(layer) == columns for layer in cache.layers)
+        not any(getattr(layer, "is_sliding", False) for layer in layers)
+        and all(hasattr(layer, "crop") for layer in layers)
+        and all(_length(layer) in (None, columns) for layer in layers)
+        and any(_length(layer) == columns for layer in layers)
     )
 
 

@@ -3,7 +3,8 @@
 Every media entry of a batch is keyed by the slot that consumes it and carries, beside that
 component's tensors, `spans`: (S, 3) int64 with row, start and length of each item's placeholder
 positions, in item order. A length that does not match what the component gives is an error with
-both numbers; nothing is cut or repeated.
+both numbers; nothing is cut or repeated. For a projector with budgets there are also `counts`, (S,)
+int64: how many positions each item is to take.
 
 Shapes: B rows, N positions, D width, M items, K positions of an item, S = M spans.
 """
@@ -21,12 +22,24 @@ from xoron_core.errors import SequenceError
 from xoron_core.tokens.space import TokenSpace
 
 SPANS = "spans"
+COUNTS = "counts"
 
 
 def split_spans(entry: Mapping[str, Tensor]) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Separates a media entry's spans from its component's tensors."""
-    rest = {key: value for key, value in entry.items() if key != SPANS}
+    rest = {key: value for key, value in entry.items() if key not in (SPANS, COUNTS)}
     return entry.get(SPANS), rest
+
+
+def repeat_rows(entry: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
+    """A media entry for a batch in which each row stands `times` times, one after another."""
+    repeated = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in entry.items()}
+    if SPANS in repeated:
+        spans = repeated[SPANS].clone()
+        copy = torch.arange(len(spans), device=spans.device) % times
+        spans[:, 0] = spans[:, 0] * times + copy
+        repeated[SPANS] = spans
+    return repeated
 
 
 def flat_positions(spans: Tensor, row_length: int) -> Tensor:

@@ -18,24 +18,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from xoron_core import advice, fill, losses
+from xoron_core import advice, backbone_pass, fill, losses
 from xoron_core.components import (
-    Autoencoder,
     Backbone,
-    Codec,
-    Encoder,
     Features,
+    Fusion,
     Generator,
     Loss,
     LossTerm,
-    Part,
-    Projector,
 )
 from xoron_core.composer.composition import Composition
 from xoron_core.composer.parts import build_parts
 from xoron_core.composer.space import allocate_space
 from xoron_core.configuration import XoronConfig
+from xoron_core.encode import encode
 from xoron_core.errors import CompositionError, PluginError, TokenSpaceError
+from xoron_core.media import embed, generator_losses, train_alone
+from xoron_core.modality_groups import group_names
+from xoron_core.nn import context_parallel
 from xoron_core.outputs import XoronOutput
 from xoron_core.plugins import Registry
 from xoron_core.plugins import registry as installed
@@ -108,6 +108,8 @@ class XoronModel(TransformersModel):
         if self.backbone is not None:
             for key, value in self.backbone.hf_fields().items():
                 setattr(config, key, value)
+            if self.backbone.group_names:
+                self.backbone.group_names = group_names(composition)
         self.post_init()
 
     # parts
@@ -116,6 +118,11 @@ class XoronModel(TransformersModel):
     def backbone(self) -> Backbone | None:
         """The backbone, or None in a composition without one."""
         return self._first(Backbone)
+
+    @property
+    def fusion(self) -> Fusion | None:
+        """The fusion of media into the backbone's layers, or None."""
+        return self._first(Fusion)
 
     def part(self, slot: str) -> Any:
         """The component in a slot.
@@ -133,8 +140,8 @@ class XoronModel(TransformersModel):
             )
         return found
 
-    def parts(self, kind: type) -> dict[str, Any]:
-        """Parts of one interface class, by slot, references left out."""
+    def parts(self, kind: type | tuple[type, ...]) -> dict[str, Any]:
+        """Parts of one interface class or of several, by slot, references left out."""
         return {
             name: self.slots.get(name)
             for name, slot in self.composition.slots.items()
@@ -150,6 +157,12 @@ class XoronModel(TransformersModel):
                 f"slot {slot!r} declares no method {method!r}; it has: {allowed}"
             )
         return getattr(part, method)(*args, **kwargs)
+
+    def encode(
+        self, media: Any, *, slot: str = "image.encoder", project: bool = True, batch_size: int = 8
+    ) -> Features:
+        """Media to what the model sees of them; see `xoron_core.encode.encode`."""
+        return encode(self, media, slot=slot, project=project, batch_size=batch_size)
 
     # forward
 
@@ -193,22 +206,35 @@ class XoronModel(TransformersModel):
         """
         media = dict(media or {})
         terms: dict[str, LossTerm] = {}
-        outputs = self._train_alone(media) if self._wants_losses(labels, media) else {}
+        outputs = train_alone(self, media) if self._wants_losses(labels, media) else {}
         hidden = cache = statistics = None
         if input_ids is not None or inputs_embeds is not None:
             backbone = self.need_backbone()
-            embeds, labels = self._embed(input_ids, inputs_embeds, labels, media)
-            output = backbone(
-                embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                document_ids=document_ids,
+            embedded = embed(
+                self, media, input_ids=input_ids, inputs_embeds=inputs_embeds, labels=labels
+            )
+            labels = embedded.labels
+            output, shared = backbone_pass.run(
+                self,
+                embedded,
+                {
+                    "attention_mask": attention_mask,
+                    "position_ids": position_ids,
+                    "document_ids": document_ids,
+                },
                 cache=past_key_values,
                 use_cache=bool(use_cache) if use_cache is not None else not self.training,
+                input_ids=input_ids,
+                loss_weights=loss_weights,
+                media=media,
             )
             hidden, cache = output.hidden, output.cache
             statistics = {backbone.slot: output.statistics} if output.statistics else None
-            if labels is not None:
+            if labels is not None and shared is not None:
+                terms["text"] = context_parallel.text_loss(
+                    hidden, shared, backbone.logits, head=backbone.linear_head()
+                )
+            elif labels is not None:
                 terms["text"] = losses.text_loss(
                     hidden,
                     labels,
@@ -218,7 +244,7 @@ class XoronModel(TransformersModel):
                     loss_weights=loss_weights,
                 )
             if self._wants_losses(labels, media):
-                terms.update(self._generator_losses(hidden, media, seed))
+                terms.update(generator_losses(self, hidden, media, seed))
                 terms.update({f"{backbone.slot}/{k}": v for k, v in output.losses.items()})
         batch = {"input_ids": input_ids, "labels": labels, "media": media}
         if self._wants_losses(labels, media):
@@ -248,11 +274,16 @@ class XoronModel(TransformersModel):
         so that accumulation, packing and world size do not change the gradient.
         """
         counts: dict[str, Tensor] = {}
-        if batch.get("labels") is not None:
+        media = batch.get("media") or {}
+        group = None if self.backbone is None else context_parallel.group_of(self.backbone)
+        if group is not None:
+            batch = {**batch, **backbone_pass.text_share(batch, group)}
+            if "shift_labels" in batch:
+                counts["text"] = context_parallel.text_count(batch)
+        elif batch.get("labels") is not None:
             counts["text"] = losses.text_count(
                 batch["labels"], batch.get("document_ids"), batch.get("loss_weights")
             )
-        media = batch.get("media") or {}
         if self.backbone is not None and self._wants_losses(batch.get("labels"), media):
             slot, own = self.backbone.slot, self.backbone.loss_counts(batch)
             counts |= {f"{slot}/{name}": count for name, count in own.items()}
@@ -266,92 +297,6 @@ class XoronModel(TransformersModel):
 
     def _wants_losses(self, labels: Tensor | None, media: Mapping[str, Any]) -> bool:
         return labels is not None or (self.training and bool(media))
-
-    def _embed(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        labels: Tensor | None,
-        media: Mapping[str, Mapping[str, Tensor]],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Ids and media to embeddings; placeholders of discrete media become ids, in labels too."""
-        for slot in media:
-            self.part(slot)  # an unknown slot is an error, never ignored
-        if input_ids is not None:
-            for slot, codec in self.parts(Codec).items():
-                spans, tensors = fill.split_spans(media.get(slot, {}))
-                if spans is not None:
-                    input_ids, labels = self._write_codes(
-                        slot, codec, spans, tensors, input_ids, labels
-                    )
-        embeds = inputs_embeds
-        if embeds is None:
-            embeds = self.need_backbone().embed(cast(Tensor, input_ids))
-        for slot, encoder in self.parts(Encoder).items():
-            projector = self.slots.get(slot.rpartition(".")[0] + ".projector")
-            if not isinstance(projector, Projector):
-                continue
-            spans, tensors = fill.split_spans(media.get(slot, {}))
-            if spans is not None:
-                tokens: Features = projector(encoder(**tensors))
-                embeds = fill.inject(embeds, spans, tokens, slot)
-            elif self.training and (_trainable(encoder) or _trainable(projector)):
-                embeds = embeds + 0.0 * projector(encoder(**_dummy(encoder, embeds))).values.sum()
-        for slot, generator in self.parts(Generator).items():
-            spans, _ = fill.split_spans(media.get(slot, {}))
-            if spans is not None:
-                queries = generator.queries().expand(len(spans), -1, -1)
-                mask = queries.new_ones(queries.shape[:2], dtype=torch.bool)
-                embeds = fill.inject(embeds, spans, Features(queries, mask), slot)
-        return embeds, labels
-
-    def _write_codes(
-        self,
-        slot: str,
-        codec: Codec,
-        spans: Tensor,
-        tensors: dict[str, Tensor],
-        input_ids: Tensor,
-        labels: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        assert self.space is not None
-        with torch.no_grad():
-            codes = codec.encode(**tensors)
-        ranges = fill.codec_range_names(type(codec), codec.config)
-        learned = labels is not None and (labels != losses.IGNORE)
-        ids = fill.write_codes(input_ids, spans, codes, ranges=ranges, space=self.space, slot=slot)
-        if labels is not None:
-            labels = torch.where(cast(Tensor, learned), ids, labels)
-        return ids, labels
-
-    def _generator_losses(
-        self, hidden: Tensor, media: Mapping[str, Mapping[str, Tensor]], seed: int | None
-    ) -> dict[str, LossTerm]:
-        terms: dict[str, LossTerm] = {}
-        for slot, generator in self.parts(Generator).items():
-            rng = _rng(hidden.device, seed, slot)
-            spans, tensors = fill.split_spans(media.get(slot, {}))
-            if spans is not None:
-                with torch.no_grad():
-                    target = generator.encode_target(**tensors)
-                terms[slot] = generator.loss(fill.gather(hidden, spans, slot), target, rng)
-            elif self.training and _trainable(generator):
-                dummy = _dummy(generator, hidden)
-                with torch.no_grad():
-                    target = generator.encode_target(**dummy)
-                queries = generator.queries().expand(len(target), -1, -1)
-                term = generator.loss(queries + 0.0 * hidden.sum(), target, rng)
-                terms[slot] = LossTerm(0.0 * term.sum, torch.zeros_like(term.count))
-        return terms
-
-    def _train_alone(self, media: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-        """Runs codecs and autoencoders on media that stand in no sequence: their own training."""
-        outputs: dict[str, Any] = {}
-        for slot, part in self.parts((Codec, Autoencoder)).items():  # type: ignore[arg-type]
-            spans, tensors = fill.split_spans(media.get(slot, {}))
-            if tensors and spans is None:
-                outputs[slot] = part(**tensors)
-        return outputs
 
     def _slot_losses(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, LossTerm]:
         terms = {slot: loss(outputs, batch) for slot, loss in self.parts(Loss).items()}
@@ -383,19 +328,3 @@ def _mean(terms: Mapping[str, LossTerm]) -> Tensor | None:
     if not terms:
         return None
     return cast(Tensor, sum(term.sum / term.count.clamp(min=1) for term in terms.values()))
-
-
-def _trainable(part: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in part.parameters())
-
-
-def _dummy(part: Part, like: Tensor) -> dict[str, Tensor]:
-    return {name: tensor.to(like.device) for name, tensor in part.dummy_batch().items()}
-
-
-def _rng(device: torch.device, seed: int | None, slot: str) -> torch.Generator:
-    """A generator of its own for each slot, so that slots never share a stream."""
-    from xoron_core.composer.parts import slot_seed
-
-    base = int(torch.randint(2**62, ()).item()) if seed is None else seed
-    return torch.Generator(device).manual_seed(slot_seed(base, slot))

@@ -12,7 +12,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
 
-from xoron_core.components import Backbone, Part
+from xoron_core import fill
+from xoron_core.components import Backbone, Fusion, Part
 from xoron_core.composer.composition import Composition
 from xoron_core.configuration import XoronConfig
 from xoron_core.errors import TokenSpaceError
@@ -51,12 +52,24 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
     # generation through transformers
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As transformers, with media in the first step only; later steps have them cached."""
+        """As transformers, with media in the first step only, unless nothing is cached."""
         media = kwargs.pop("media", None)
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if media is not None and kwargs.get("is_first_iteration", False):
+        first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
+        if media is not None and first:
             inputs["media"] = media
         return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As transformers, with the media of each row repeated for its beams or samples."""
+        if kwargs.get("media") is not None and expand_size > 1:
+            kwargs["media"] = {
+                slot: fill.repeat_rows(entry, expand_size)
+                for slot, entry in kwargs["media"].items()
+            }
+        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -125,7 +138,10 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
                 self._keep_in_fp32_modules |= set(module._keep_in_fp32_modules or ())
                 self._keep_in_fp32_modules_strict |= set(module._keep_in_fp32_modules_strict or ())
             elif isinstance(module, Part) and not isinstance(module, Backbone):
-                self._no_split_modules.add(type(module).__name__)
+                if not isinstance(module, Fusion):
+                    # A fusion is entered by two methods, and sharding gathers for `forward` alone;
+                    # as part of the whole model it is there for both.
+                    self._no_split_modules.add(type(module).__name__)
                 self._keep_in_fp32_modules_strict |= set(module.keep_fp32)
         self.tie_weights(recompute_mapping=False)
 

@@ -18,15 +18,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from xoron_core.components import Backbone, BackboneOutput, Context, LossTerm
+from xoron_core.components import AfterLayer, Backbone, BackboneOutput, Context, LossTerm
 from xoron_core.config import Config
-from xoron_core.errors import CompositionError, ConfigError, SequenceError
+from xoron_core.errors import CompositionError, SequenceError
 from xoron_core.nn import masks
-from xoron_core.nn.moe import MoE, balance_metrics
+from xoron_core.nn.moe import Groups, MoE, balance_metrics
 from xoron_llm import hf
+from xoron_llm.cache_size import numbers_per_position
 from xoron_llm.hf_config import HfConfig
+from xoron_llm.hf_model import build_model, transformers_config
 from xoron_llm.moe.config import MoeConfig
 from xoron_llm.moe.modeling import valid_positions
 from xoron_llm.rows import copy_weights, load_pretrained, resize_rows
@@ -95,9 +97,14 @@ class CausalLMBackbone(Backbone):
 
 
 class XoronMoeBackbone(CausalLMBackbone):
-    """The xoron-moe model with as many rows as the token space."""
+    """The xoron-moe model with as many rows as the token space.
+
+    Attributes:
+        group_names: what `position_groups` number, for metrics apart; the composer sets more.
+    """
 
     config: MoeConfig
+    group_names: tuple[str, ...] = ("text",)
 
     def __init__(self, config: MoeConfig, context: Context) -> None:
         if context.space is None:
@@ -108,6 +115,7 @@ class XoronMoeBackbone(CausalLMBackbone):
         hf_config = hf.XoronMoeConfig(vocab_size=context.space.size, **config.hf_data())
         super().__init__(config, context, model=hf.XoronMoeForCausalLM(hf_config))
         self.position_kind = "1d" if config.mrope_section is None else "mrope"
+        self.fusion_layers = tuple(range(config.num_layers))
 
     def forward(
         self,
@@ -118,8 +126,15 @@ class XoronMoeBackbone(CausalLMBackbone):
         document_ids: Tensor | None = None,
         cache: Any = None,
         use_cache: bool = False,
+        after_layer: AfterLayer | None = None,
+        position_groups: Tensor | None = None,
     ) -> BackboneOutput:
-        """Runs the layers; statistics come while training, losses where their weight is not 0."""
+        """Runs the layers; statistics come while training, losses where their weight is not 0.
+
+        `position_groups` (B, N) int64, indices into `group_names`, keep the statistics apart.
+        """
+        number = len(self.group_names)
+        groups = None if position_groups is None else Groups(position_groups, number)
         output = self.model.base_model(
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
@@ -128,6 +143,8 @@ class XoronMoeBackbone(CausalLMBackbone):
             past_key_values=cache,
             use_cache=use_cache or cache is not None,
             output_router_statistics=self.training or bool(self._coefficients),
+            position_groups=groups,
+            after_layer=after_layer,
         )
         seen = output.router_statistics or {}
         losses = {
@@ -152,16 +169,21 @@ class XoronMoeBackbone(CausalLMBackbone):
 
     def after_optimizer_step(self, stats: Mapping[str, Tensor]) -> None:
         """Moves the selection biases of trained routers against the load of the step."""
-        self.model.base_model.update_selection_biases(stats["load"])
+        load = stats["load"]
+        self.model.base_model.update_selection_biases(load.sum(1) if load.ndim == 3 else load)
 
     def metrics(self, stats: Mapping[str, Tensor]) -> dict[str, float]:
-        """`layer<index>/max_load`, `min_load` and `entropy` of each layer with experts."""
+        """`layer<index>/max_load`, `min_load`, `entropy` and `dropped` of each layer with experts.
+
+        With groups, `layer<index>/<group>/...` too, for those that the step has tokens of.
+        """
         layers = self.model.base_model.layers
         found = [index for index, layer in enumerate(layers) if isinstance(layer.mlp, MoE)]
+        top_k = self.config.num_experts_per_tok
         return {
             f"layer{index}/{name}": value
             for index, *sums in zip(found, *(stats[key] for key in _STATISTICS), strict=True)
-            for name, value in balance_metrics(*sums).items()
+            for name, value in balance_metrics(*sums, top_k=top_k, names=self.group_names).items()
         }
 
     def cache_width(self) -> int:
@@ -191,11 +213,11 @@ class HfBackbone(CausalLMBackbone):
     config: HfConfig
 
     def __init__(self, config: HfConfig, context: Context) -> None:
-        hf_config = _hf_config(config)
+        hf_config = transformers_config(config)
         text_config = hf_config.get_text_config()
         rows = context.space.size if context.space is not None else 0
         text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), rows)
-        super().__init__(config, context, model=_from_config(hf_config))
+        super().__init__(config, context, model=build_model(hf_config))
         types = set(getattr(self.text_config, "layer_types", None) or ())
         self.honours_documents = types <= _ATTENTION_LAYERS and self._implementation in (
             "sdpa",
@@ -215,13 +237,19 @@ class HfBackbone(CausalLMBackbone):
         document_ids: Tensor | None = None,
         cache: Any = None,
         use_cache: bool = False,
+        after_layer: AfterLayer | None = None,
     ) -> BackboneOutput:
         """Runs the layers; see `Backbone.forward`.
 
         Raises:
-            CompositionError: for document ids where this model cannot honour them.
+            CompositionError: for `after_layer`, and for document ids it cannot honour.
             SequenceError: if a mask does not cover the cached positions.
         """
+        if after_layer is not None:
+            raise CompositionError(
+                f"slot {self.slot!r}: a transformers model takes no fusion between its layers; use"
+                " backbone: {use: xoron-moe}"
+            )
         length = embeddings.shape[1]
         past = 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None:
@@ -278,6 +306,16 @@ class HfBackbone(CausalLMBackbone):
             if self.space is not None:
                 self.resize_rows(self.num_rows, self.space.new_rows(base_rows), generator)
         self._check_logits()
+
+    def cache_width(self) -> int:
+        """Numbers of one cached position over all layers, as the model really caches them.
+
+        Where its layers do not run without values, keys and values by its config.
+        """
+        try:
+            return numbers_per_position(self.model.config)
+        except RuntimeError:
+            return super().cache_width()
 
     def reset_buffers(self) -> None:
         """Recomputes rotary tables and the like, which a load leaves uninitialised."""
@@ -348,31 +386,6 @@ class HfBackbone(CausalLMBackbone):
             return mask
         lowest = torch.finfo(like.dtype).min
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, lowest)
-
-
-def _hf_config(config: HfConfig) -> PretrainedConfig:
-    if config.hf_config is None:
-        raise ConfigError("hf backbone: the config is not resolved; build from config.resolved()")
-    data = dict(config.hf_config)
-    kind = data.pop("model_type")
-    data.pop("transformers_version", None)
-    if config.dtype is not None:
-        data.pop("torch_dtype", None)
-        data["dtype"] = config.dtype
-    try:
-        return AutoConfig.for_model(kind, **data)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"hf backbone: no usable config of type {kind!r}: {error}") from None
-
-
-def _from_config(config: PretrainedConfig) -> PreTrainedModel:
-    try:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
-    except (ValueError, ImportError) as error:
-        raise CompositionError(
-            f"hf backbone: transformers has no causal language model for a config of type"
-            f" {config.model_type!r}: {error}"
-        ) from None
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

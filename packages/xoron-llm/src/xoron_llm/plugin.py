@@ -28,6 +28,14 @@ def xoron_components() -> list[Component]:
             summary="Any transformers causal language model, by folder, Hub name or config.",
         ),
         Component(
+            kind="fusion",
+            name="cross-attention",
+            modality="text",
+            factory="xoron_llm.fusion:CrossAttentionFusion",
+            config="xoron_llm.fusion_config:CrossAttentionConfig",
+            summary="Cross-attention on media between backbone layers; starts as the identity.",
+        ),
+        Component(
             kind="tokenizer",
             name="byte",
             modality="text",
@@ -53,9 +61,15 @@ def xoron_presets() -> list[Preset]:
         Preset("tiny", "xoron_llm:presets/tiny.yaml"),
         Preset("xoron-dev", "xoron_llm:presets/xoron-dev.yaml"),
         Preset("tiny", "xoron_llm:presets/xoron-moe-tiny.yaml", component="backbone/xoron-moe"),
+        Preset("tiny", "xoron_llm:presets/hf-tiny.yaml", component="backbone/hf"),
         Preset(
             "xoron-dev",
             "xoron_llm:presets/xoron-moe-xoron-dev.yaml",
             component="backbone/xoron-moe",
+        ),
+        Preset(
+            "tiny",
+            "xoron_llm:presets/cross-attention-tiny.yaml",
+            component="fusion/cross-attention",
         ),
     ]

@@ -32,10 +32,13 @@ class TokensConfig(Config):
         groups: names of special-token groups (`control` means `xoron-core/control`), or `all`.
         template: `xoron` for our chat template and BOS/EOS/PAD, `base` for the tokenizer's own;
             None is `base` over pretrained weights and `xoron` otherwise.
+        placeholders: modality to the special token that stands for its media, if not the one of
+            the modality itself; a selected group must have it.
     """
 
     groups: tuple[str, ...] | Literal["all"] = ("control", "conversation")
     template: Literal["xoron", "base"] | None = None
+    placeholders: dict[str, str] = Field(default_factory=dict)
 
 
 class Route(Config):
@@ -55,6 +58,7 @@ class Slot(Config):
         freeze: whether its parameters stay as they are in training.
         config: the component's config as plain data.
         hidden_size, feature_size: widths it was built between (see `components.Context`).
+        fusion_layers: of a fusion, where the backbone takes one.
     """
 
     kind: Kind
@@ -66,6 +70,7 @@ class Slot(Config):
     config: dict[str, Any] = Field(default_factory=dict)
     hidden_size: int | None = None
     feature_size: int | None = None
+    fusion_layers: tuple[int, ...] = ()
 
 
 class Composition(Config):
@@ -81,6 +86,12 @@ class Composition(Config):
     @classmethod
     def _in_build_order(cls, slots: dict[str, Slot]) -> dict[str, Slot]:
         return dict(sorted(slots.items(), key=lambda item: (KINDS.index(item[1].kind), item[0])))
+
+    @property
+    def template(self) -> Literal["xoron", "base"]:
+        """The chat template: over pretrained weights the one they were trained with."""
+        pretrained = any(slot.config.get("path") for slot in self.of_kind("backbone").values())
+        return self.tokens.template or ("base" if pretrained else "xoron")
 
     def of_kind(self, kind: str) -> dict[str, Slot]:
         """Slots filled by components of one kind, without references."""
@@ -99,7 +110,7 @@ def fragments(registry: Registry, preset: str) -> tuple[dict[str, Any], Source]:
         raise ConfigError(
             f"no selected plug-in has a composition preset {preset!r}.{did_you_mean(preset, names)}"
             f" There are: {', '.join(names) or 'none'}; plug-ins in use:"
-            f" {', '.join(p.name for p in registry.available)}."
+            f" {', '.join(p.name for p in registry.available)}.{_preset_advice(registry, names)}"
         )
     data: dict[str, Any] = {"name": preset}
     lines: dict[tuple[str | int, ...], int] = {}
@@ -229,6 +240,14 @@ def _import(reference: str, component: Component, registry: Registry) -> Any:
         ) from error
 
 
+def _preset_advice(registry: Registry, names: list[str]) -> str:
+    """What to install where no plug-in brings any composition preset."""
+    package = advice.install_slot("backbone")
+    if names or any(plugin.origin.distribution == package for plugin in registry.plugins):
+        return ""
+    return f" The usual ones come with: pip install {package}"
+
+
 def _is_slot(value: Mapping[str, Any]) -> bool:
     return "use" in value or "ref" in value
 
@@ -302,6 +321,17 @@ def _find(slot: str, use: str, source: Source, registry: Registry) -> Component:
         f"{source.place(('use',))}: slot {slot!r}: no installed plug-in offers {use!r}."
         f"{did_you_mean(use, options)}{install if not options else ''}"
         f"{' Installed: ' + ', '.join(sorted(options)) + '.' if options else ''}"
+        f"{_unusable(registry)}"
+    )
+
+
+def _unusable(registry: Registry) -> str:
+    """The plug-ins whose components are not known, since what is looked for may be theirs."""
+    return "".join(
+        f" Plug-in {plugin.name!r} ({plugin.origin.distribution}) is {plugin.state}:"
+        f" {plugin.problem}."
+        for plugin in registry.plugins
+        if plugin.state in ("broken", "incompatible")
     )
 
 

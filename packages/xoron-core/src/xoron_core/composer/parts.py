@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from xoron_core.components import Backbone, Context, Tokenizer
+from xoron_core.components import Backbone, Context, Fusion, Tokenizer
 from xoron_core.composer.composition import Composition, Slot, load_factory
 from xoron_core.config import Config
 from xoron_core.descriptors import resolve
@@ -67,6 +67,7 @@ def build_part(
         feature_size=slot.feature_size,
         space=space,
         parts=parts,
+        fusion_layers=slot.fusion_layers,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(slot_seed(seed, name))
@@ -92,17 +93,19 @@ def build_parts(
             continue
         if slot.ref is not None:
             continue
-        slot = slot.model_copy(update=_widths(name, slot, parts))
+        slot = slot.model_copy(update=_surroundings(name, slot, parts))
         slots[name] = slot
         parts[name] = build_part(registry, name, slot, space=space, parts=parts, seed=seed)
+        if slot.kind == "fusion":
+            _check_layers(name, parts[name], slot.fusion_layers)
     for name, slot in composition.slots.items():
         if slot.ref is not None:
             parts[name] = parts[slot.ref]
     return parts, composition.model_copy(update={"slots": slots})
 
 
-def _widths(name: str, slot: Slot, parts: Mapping[str, nn.Module]) -> dict[str, int | None]:
-    """The widths around a part, from the parts built before it or as recorded in the folder."""
+def _surroundings(name: str, slot: Slot, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What is recorded of the parts around one, from those built before it or from the folder."""
     hidden_size, feature_size = slot.hidden_size, slot.feature_size
     backbone = next((part for part in parts.values() if isinstance(part, Backbone)), None)
     if backbone is not None and slot.kind != "backbone":
@@ -115,4 +118,39 @@ def _widths(name: str, slot: Slot, parts: Mapping[str, nn.Module]) -> dict[str, 
             f"slot {name!r}: a projector needs the encoder whose features it reads; fill"
             f" {name.rpartition('.')[0]}.encoder"
         )
-    return {"hidden_size": hidden_size, "feature_size": feature_size}
+    found: dict[str, Any] = {"hidden_size": hidden_size, "feature_size": feature_size}
+    if slot.kind == "fusion":
+        found["fusion_layers"] = _fusion_layers(name, backbone, parts)
+    return found
+
+
+def _fusion_layers(
+    name: str, backbone: Backbone | None, parts: Mapping[str, nn.Module]
+) -> tuple[int, ...]:
+    """Where the backbone takes a fusion."""
+    other = next((slot for slot, part in parts.items() if isinstance(part, Fusion)), None)
+    if other is not None:
+        raise CompositionError(
+            f"slots {other!r} and {name!r} both hold a fusion, expected one: it reads the media of"
+            " all modalities; remove one of them"
+        )
+    if backbone is None:
+        raise CompositionError(
+            f"slot {name!r}: a fusion stands between the layers of a backbone, and this composition"
+            " has none; add backbone: {use: xoron-moe}, or remove the fusion"
+        )
+    if not backbone.fusion_layers:
+        raise CompositionError(
+            f"slot {name!r}: {type(backbone).__name__} takes no fusion between its layers; use"
+            " backbone: {use: xoron-moe}, or remove the fusion"
+        )
+    return tuple(backbone.fusion_layers)
+
+
+def _check_layers(name: str, part: nn.Module, allowed: tuple[int, ...]) -> None:
+    wrong = sorted(set(cast(Fusion, part).layers) - set(allowed))
+    if wrong:
+        raise CompositionError(
+            f"slot {name!r}: a fusion after layers {wrong}, but this backbone takes one after"
+            f" {list(allowed)} (indices from 0); change `layers`"
+        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xoron_core.components import Encoder, Fusion, Part, Projector
+from xoron_core.components import Encoder, Part, Projector
 from xoron_core.composer.composition import Composition
 from xoron_core.composer.space import allocate_space
 from xoron_core.configuration import XoronConfig
@@ -159,14 +159,6 @@ def check_widths(model: XoronModel) -> None:
         _same(f"{stem}.projector", "positions per item", expected, tokens.values.shape[1])
         if backbone is not None:
             _same(f"{stem}.projector", "width", backbone.hidden_size, tokens.values.shape[-1])
-    if backbone is not None:
-        for slot, fusion in model.parts(Fusion).items():
-            wrong = set(fusion.layers()) - set(backbone.fusion_layers)
-            if wrong:
-                raise CompositionError(
-                    f"slot {slot!r}: a fusion after layers {sorted(wrong)}, but this backbone"
-                    f" allows {list(backbone.fusion_layers) or 'none'}"
-                )
 
 
 def _meta(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,9 +6,11 @@ its components declare, and its codecs' ranges. What else is installed changes n
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from xoron_core.composer.composition import Composition, load_factory
 from xoron_core.composer.parts import build_tokenizer_part, typed_config
-from xoron_core.descriptors import TokenGroup
+from xoron_core.descriptors import Modality, TokenGroup
 from xoron_core.errors import CompositionError
 from xoron_core.plugins import Registry
 from xoron_core.tokens.space import CodecRange, TextBase, TokenSpace
@@ -55,6 +57,17 @@ def select_groups(composition: Composition, registry: Registry) -> list[TokenGro
     return select(list(dict.fromkeys(names)), list(available.values()))
 
 
+def used_modalities(composition: Composition, registry: Registry) -> dict[str, Modality]:
+    """The modalities of a composition, with the placeholders that it chose for them."""
+    used = {slot.modality for slot in composition.slots.values()}
+    chosen = composition.tokens.placeholders
+    return {
+        name: replace(modality, placeholder=chosen.get(name, modality.placeholder))
+        for name, modality in registry.modalities().items()
+        if name in used
+    }
+
+
 def _text_base(composition: Composition, registry: Registry) -> TextBase | None:
     tokenizers = composition.of_kind("tokenizer")
     if len(tokenizers) > 1:
@@ -82,10 +95,7 @@ def _codec_ranges(composition: Composition, registry: Registry) -> list[CodecRan
 
 def _check_markers(composition: Composition, registry: Registry, space: TokenSpace) -> None:
     strings = set(space.special_ids)
-    used = {slot.modality for slot in composition.slots.values()} - {"text", ""}
-    for name, modality in registry.modalities().items():
-        if name not in used:
-            continue
+    for name, modality in used_modalities(composition, registry).items():
         markers = (
             modality.begin,
             modality.end,
