@@ -106,12 +106,46 @@ def test_evaluation_observes_nothing_and_metrics_name_the_layers() -> None:
     assert model(**batch).statistics is None
     seen = _observed(model.train(), **batch)
     metrics = model.backbone.metrics(seen)
-    names = ("max_load", "min_load", "entropy")
+    names = ("max_load", "min_load", "entropy", "dropped")
     assert list(metrics) == [f"layer{index}/{name}" for index in (1, 3) for name in names]
     assert metrics["layer1/max_load"] == pytest.approx(
         float(seen["load"][0].max() / seen["load"][0].mean())
     )
     assert 0 < metrics["layer3/entropy"] < 1
+    assert metrics["layer1/dropped"] == metrics["layer3/dropped"] == 0
+
+
+def test_modalities_are_measured_apart_and_balanced_together() -> None:
+    """Two groups whose embeddings are opposite, so that they prefer different experts."""
+    model, twin, batch = _compose().train(), _compose().train(), _batch()
+    backbone = model.backbone
+    backbone.group_names = ("text", "image", "audio")
+    documents = batch["document_ids"]
+    groups = torch.zeros_like(documents)
+    groups[:, 4:9] = 1
+    embeds = torch.randn(32) * 5 + torch.randn(*documents.shape, 32)
+    embeds = torch.where(groups[..., None] == 1, -embeds, embeds)
+    seen = backbone(embeds, document_ids=documents, position_groups=groups).statistics
+    plain = twin.backbone(embeds, document_ids=documents).statistics
+    assert seen["load"].shape == (2, 3, 6)
+    assert torch.equal(seen["load"].sum(1), plain["load"])
+    first = seen["load"][0, :2]
+    assert (first / first.sum(-1, keepdim=True)).diff(dim=0).abs().sum() > 0.5
+    metrics, together = backbone.metrics(seen), twin.backbone.metrics(plain)
+    assert {name: metrics[name] for name in together} == pytest.approx(together)
+    for index, name in enumerate(("text", "image")):
+        load = seen["load"][1, index]
+        assert metrics[f"layer3/{name}/max_load"] == pytest.approx(float(load.max() / load.mean()))
+        counted = int(((groups == index) & (documents != 0)).sum())
+        assert float(seen["tokens"][1, index]) == counted
+        assert metrics[f"layer3/{name}/dropped"] == 0
+    assert not any("audio" in name for name in metrics)
+    lost = {**seen, "load": seen["load"] - (seen["load"] > 3).float()}
+    assert backbone.metrics(lost)["layer1/image/dropped"] == int((first[1] > 3).sum()) > 0
+    for part, stats in ((backbone, seen), (twin.backbone, plain)):
+        part.after_optimizer_step(stats)
+    biases = {n: t for n, t in model.state_dict().items() if "selection_bias" in n}
+    assert all(torch.equal(twin.state_dict()[n], t) and t.any() for n, t in biases.items())
 
 
 def test_a_frozen_router_keeps_its_bias() -> None:

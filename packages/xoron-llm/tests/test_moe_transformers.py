@@ -1,7 +1,7 @@
 """xoron-moe is at home in transformers.
 
-Auto classes open what it saves, bit for bit, in bf16, on meta and with a device map; beams,
-sampling and PEFT adapters work; initial weights are what the config says; sizes that do not fit are
+Auto classes open what it saves, bit for bit, in bf16, on meta, with a device map and with layers on
+disk; the experts' kernel, beams, sampling and PEFT adapters work; sizes that do not fit are
 refused.
 """
 
@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+import xoron_core
 from xoron_core.errors import ConfigError
+from xoron_core.nn import experts
 from xoron_llm.hf import XoronMoeConfig, XoronMoeForCausalLM, XoronMoeModel
 from xoron_llm.moe.config import MoeConfig
 
@@ -65,6 +74,77 @@ def test_built_on_meta_it_has_no_stale_buffers(tmp_path, make, ids, sizes) -> No
     assert torch.equal(empty.eval()(ids(1, 5)).logits, model(ids(1, 5)).logits)
 
 
+LATENT = {"attention": "latent", "num_key_value_heads": None, "kv_lora_rank": 16}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, LATENT], ids=["gqa", "latent"])
+def test_layers_on_disk_compute_the_same(tmp_path, make, ids, changes) -> None:
+    """accelerate brings a weight only while its own module's forward runs."""
+    make(**changes).save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cpu")
+    places |= {f"model.layers.{index}": ("cpu", "disk")[index % 2] for index in range(4)}
+    parted = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "aside"
+    )
+    assert parted.model.layers[1].mlp.router.weight.is_meta
+    x = ids(2, 9)
+    torch.testing.assert_close(parted(x).logits, whole(x).logits, rtol=1e-5, atol=1e-5)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(parted.generate(x, **options), whole.generate(x, **options))
+    split = infer_auto_device_map(
+        whole,
+        {"cpu": sum(tensor.nbytes for tensor in whole.parameters()) // 2, "disk": 10**9},
+        no_split_module_classes=list(whole._no_split_modules),
+    )
+    assert {name.count(".") for name in split if "layers" in name} == {2}  # layers stay whole
+
+
+@torch.no_grad()
+def test_the_experts_kernel_is_chosen_by_transformers_name(
+    tmp_path, make, ids, monkeypatch
+) -> None:
+    model, x, calls = make(), ids(2, 9), []
+    grouped = experts._grouped
+    monkeypatch.setattr(experts, "_grouped", lambda *a, **k: calls.append(1) or grouped(*a, **k))
+    expected = model(x).logits
+    assert model.get_experts_implementation() == {"": "eager"}
+    assert not calls
+    for name, used in (("grouped", 2), ("slices", 0), ("grouped_mm", 2)):
+        calls.clear()
+        model.set_experts_implementation(name)
+        torch.testing.assert_close(model(x).logits, expected, rtol=1e-5, atol=1e-5)
+        assert len(calls) == used, name
+    model.save_pretrained(tmp_path)
+    calls.clear()
+    AutoModelForCausalLM.from_pretrained(tmp_path)(x)  # the choice is no part of the weights
+    assert not calls
+    AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="grouped")(x)
+    assert len(calls) == 2
+    with pytest.raises(ConfigError, match=r"'batched_mm', expected one of eager, slices, grouped"):
+        model.set_experts_implementation("batched_mm")
+    small = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1, "vocab_size": 67}
+    theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(hidden_size=32, num_attention_heads=4, **small))
+    theirs.set_experts_implementation("slices")
+    with pytest.raises(ConfigError, match="'slices' is for xoron-moe; Qwen3MoeExperts takes"):
+        theirs(x)
+
+
+def test_a_composed_model_hands_the_choice_to_its_backbone(ids, monkeypatch) -> None:
+    composition = {
+        "tokenizer": {"use": "byte"},
+        "backbone": {"use": "xoron-moe", "preset": "tiny"},
+        "tokens": {"groups": ["control"]},
+    }
+    model, _ = xoron_core.compose(composition, plugins=["llm"])
+    monkeypatch.setattr(experts, "_grouped", None)
+    model(ids(1, 4))
+    model.set_experts_implementation("grouped")
+    with pytest.raises(TypeError, match="not callable"):
+        model(ids(1, 4))
+
+
 def test_beams_sampling_and_hidden_states_run(make, ids) -> None:
     model, x = make(), ids(2, 5)
     options = {"max_new_tokens": 6, "pad_token_id": 0}
@@ -105,21 +185,6 @@ def test_a_lora_adapter_trains_saves_and_opens(tmp_path, make, ids) -> None:
     again = PeftModel.from_pretrained(make(), tmp_path)
     torch.testing.assert_close(again(x).logits, after)
     torch.testing.assert_close(again.merge_and_unload()(x).logits, after, rtol=1e-4, atol=1e-4)
-
-
-def test_initial_weights_have_the_declared_spread(sizes) -> None:
-    torch.manual_seed(0)
-    model = XoronMoeForCausalLM(
-        XoronMoeConfig(
-            **{**sizes, "hidden_size": 256, "num_experts": 64, "initializer_range": 0.05}
-        )
-    )
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            assert (parameter == 1).all(), name
-        else:
-            assert abs(parameter.std().item() / 0.05 - 1) < 0.05, name
-            assert abs(parameter.mean().item()) < 0.005, name
 
 
 def test_xoron_dev_has_the_parameters_of_its_closed_form() -> None:

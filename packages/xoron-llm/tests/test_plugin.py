@@ -45,8 +45,7 @@ def test_references_resolve_and_schemas_print(component) -> None:
     config = resolve(component.config)
     assert issubclass(config, Config)
     assert config.model_json_schema()["properties"].keys() == config.model_fields.keys()
-    kind = {"backbone": "Backbone", "tokenizer": "Tokenizer"}[component.kind]
-    interface = resolve(f"xoron_core.components:{kind}")
+    interface = resolve(f"xoron_core.components:{component.kind.capitalize()}")
     assert issubclass(resolve(component.factory), interface)
     assert not getattr(resolve(component.factory), "__abstractmethods__", None)
 
@@ -111,5 +110,9 @@ def test_xoron_dev_plans_without_a_byte_of_weights() -> None:
     latent = width * width + width * 544 + 512 + 512 * 16 * (32 + 64) + width * width
     layers = 12 * (latent + 2 * width) + 6 * swiglu + 6 * (9 * swiglu + 8 * width)
     total = 2 * rows * width + layers + width
-    assert planned.parameters == total
-    assert planned.rows[0].active == total - 6 * 6 * swiglu
+    backbone, fusion = planned.rows
+    assert backbone.parameters == total
+    assert backbone.active == total - 6 * 6 * swiglu
+    # Four adapters of 8 heads: query, key, value and output, and two norms.
+    assert (fusion.slot, fusion.parameters) == ("fusion", 4 * (4 * width * width + 2 * width))
+    assert planned.composition.slots["fusion"].fusion_layers == tuple(range(12))

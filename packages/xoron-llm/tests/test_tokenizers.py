@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from xoron_core.components import Context
 from xoron_core.errors import FolderError, TokenSpaceError
+from xoron_core.tokens.byte_level import byte_alphabet
 from xoron_core.tokens.space import TokenSpace
 from xoron_core.tokens.special_tokens import core_groups
 from xoron_core.tokens.tokenizer import build_tokenizer, encode_text
@@ -94,9 +95,9 @@ def test_byte_ids_are_the_bytes_and_come_back(text: str) -> None:
 def test_byte_alphabet_is_gpt2s_and_covers_every_byte(byte) -> None:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    assert bpe.byte_alphabet() == bytes_to_unicode()
+    assert byte_alphabet() == bytes_to_unicode()
     assert len(byte) == 256 == ByteTokenizer(ByteConfig(), CONTEXT).text_base().size
-    alphabet = bpe.byte_alphabet()
+    alphabet = byte_alphabet()
     assert byte.convert_tokens_to_ids([alphabet[b] for b in range(256)]) == list(range(256))
 
 

@@ -1,5 +1,6 @@
-"""Proves that two processes train as one does with the same rows per optimizer step, and that a
-run may change its number of processes on the way."""
+"""Proves that two processes train as one does with the same rows per optimizer step, that what is
+learned outside the gradient comes of what both saw, and that a run may change its number of
+processes on the way."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from xoron_train import train
 from xoron_train.metrics import read_metrics
@@ -26,7 +29,7 @@ def test_two_processes_equal_one(
     new_model: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    model = new_model(dropout=0.0)
+    model = new_model(dropout=0.0, num_experts=4)
     recipe = recipe_file(**_CHANGES, gradient_accumulation_steps=2)
     two = tmp_path / "two"
     script = tmp_path / "main.py"
@@ -47,6 +50,9 @@ def test_two_processes_equal_one(
     alone = new_recipe(**_CHANGES, gradient_accumulation_steps=4)
     train(alone, one, model=model, quiet=True)
     _same(two, one)
+    bias, expected = (_selection_bias(run, step=4) for run in (two, one))
+    assert expected.unique().numel() > 1
+    torch.testing.assert_close(bias, expected)
     # Cut back to the checkpoint that two processes wrote, and go on with one.
     shutil.rmtree(two / "checkpoints/step-00000008")
     train(alone, two, resume=True, quiet=True)
@@ -65,3 +71,11 @@ def _same(run: Path, other: Path) -> None:
             assert record[key] == pytest.approx(expected[key], abs=1e-5)
         if record["kind"] == "train":
             assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+            assert record["parts"] == pytest.approx(expected["parts"], rel=1e-4)
+            assert record["parts"]["backbone/dropped"] == 0
+
+
+def _selection_bias(run: Path, *, step: int) -> torch.Tensor:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    files = [load_file(path) for path in folder.rglob("backbone-*.safetensors")]
+    return next(t for file in files for name, t in file.items() if "selection_bias" in name)

@@ -13,7 +13,7 @@ import torch
 
 from xoron_core.nn import experts as kernels
 from xoron_core.nn.experts import run_experts
-from xoron_core.nn.moe import MoE, TopKRouter, balance_metrics
+from xoron_core.nn.moe import Groups, MoE, TopKRouter, balance_metrics
 
 EXPERTS = 8
 
@@ -66,7 +66,7 @@ def test_the_bias_chooses_and_never_weighs(scoring: str, normalize: bool) -> Non
     )
     x = torch.randn(20, 16)
     router.selection_bias[5] = 10.0
-    weights, experts = router(x)
+    _, weights, experts = router(x)
     logits = x @ router.weight.T
     scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
     others = scores.clone()
@@ -112,7 +112,7 @@ def test_padding_is_routed_nowhere_and_counted_nowhere() -> None:
         torch.testing.assert_close(getattr(seen, name), getattr(expected, name))
     other = torch.where(valid[..., None], x, torch.randn(2, 9, 16) * 9)
     again, counted = moe(other, valid, observe=True)
-    torch.testing.assert_close(again[valid], out[valid], rtol=1e-6, atol=1e-6)
+    assert torch.equal(again[valid], out[valid])
     torch.testing.assert_close(counted.balance, seen.balance)
     nobody, nothing = moe(x, torch.zeros_like(valid), observe=True)
     torch.testing.assert_close(nobody, moe.shared_expert(x))
@@ -157,18 +157,49 @@ def test_statistics_and_losses_equal_their_formulas(scoring: str) -> None:
     assert not seen.entropy.requires_grad
 
 
-def test_metrics_say_what_even_and_uneven_is() -> None:
-    even = balance_metrics(torch.full((4,), 5.0), torch.tensor(10.0), 10 * torch.tensor(4.0).log())
-    assert even == pytest.approx({"max_load": 1.0, "min_load": 1.0, "entropy": 1.0})
-    uneven = balance_metrics(torch.tensor([20.0, 0, 0, 0]), torch.tensor(20.0), torch.tensor(0.0))
-    assert uneven == {"max_load": 4.0, "min_load": 0.0, "entropy": 0.0}
+def test_groups_are_observed_apart_and_add_up() -> None:
+    """Two groups that prefer different experts, and padding that belongs to either."""
+    moe, x = _moe(), torch.randn(2, 9, 16)
+    likes = moe.router.weight.detach()[1]
+    index = torch.tensor([[0] * 5 + [2] * 4, [2] * 3 + [0] * 6])
+    x = torch.where(index[..., None] == 0, 9 * likes, -9 * likes) + 0.1 * x
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[0, 0] = valid[1, 1] = False
+    out, seen = moe(x, valid, observe=True, groups=Groups(index, 3))
+    plain, whole = moe(x, valid, observe=True)
+    assert torch.equal(out, plain)
+    assert seen.load.shape == (3, EXPERTS)
+    assert (seen.load[0] * seen.load[2]).sum() == 0  # no expert that both like
+    for group in range(3):
+        mine = valid & (index == group)
+        _, alone = moe(x, mine, observe=True)
+        assert torch.equal(seen.load[group], alone.load)
+        assert seen.tokens[group] == mine.sum()
+        torch.testing.assert_close(seen.entropy[group], alone.entropy)
+    assert torch.equal(seen.load.sum(0), whole.load)
+    for name in ("balance", "rows", "z"):
+        assert torch.equal(getattr(seen, name), getattr(whole, name))
+
+
+def test_metrics_say_what_even_uneven_and_dropped_is() -> None:
+    even = balance_metrics(
+        torch.full((4,), 5.0), torch.tensor(10.0), 10 * torch.tensor(4.0).log(), top_k=2
+    )
+    wanted = {"max_load": 1.0, "min_load": 1.0, "entropy": 1.0, "dropped": 0.0}
+    assert even == pytest.approx(wanted)
+    load, tokens = torch.tensor([17.0, 0, 0, 0]), torch.tensor(20.0)
+    uneven = balance_metrics(load, tokens, torch.tensor(0.0), top_k=1)
+    assert uneven == {"max_load": 4.0, "min_load": 0.0, "entropy": 0.0, "dropped": 3.0}
+    both = (torch.stack(pair) for pair in ((load, load.flip(0) * 0), (tokens, 0 * tokens)))
+    apart = balance_metrics(*both, torch.zeros(2), top_k=1, names=("text", "image"))
+    assert apart == uneven | {f"text/{name}": value for name, value in uneven.items()}
 
 
 @pytest.mark.parametrize("kernel", ["grouped", "masked"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_each_kernel_equals_slices(kernel: str, padded: bool) -> None:
     moe, x = _moe(), torch.randn(13, 16, requires_grad=True)
-    weights, chosen = moe.router(x)
+    _, weights, chosen = moe.router(x)
     if padded:
         chosen = chosen.masked_fill((torch.arange(13) % 3 == 0)[:, None], EXPERTS)
     chosen = chosen.masked_fill(chosen == 3, 4)  # an expert without tokens
@@ -188,3 +219,24 @@ def test_each_kernel_equals_slices(kernel: str, padded: bool) -> None:
     assert sum(float(g.abs().sum()) > 0 for g in wanted) > 15
     for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_are_no_plain_layers_run_as_slices(monkeypatch) -> None:
+    """The grouped kernel reads weights past a layer's forward: an adapter would be left out."""
+    monkeypatch.setattr(kernels, "_slices", None)
+    moe, x = _moe(), torch.randn(13, 16)
+    _, weights, chosen = moe.router(x)
+
+    def run(experts: torch.nn.ModuleList) -> None:
+        run_experts(experts, x, weights=weights, chosen=chosen, kernel="grouped")
+
+    run(moe.experts)  # slices are not called
+    moe.experts[-1].down_proj = torch.nn.Sequential(moe.experts[-1].down_proj)
+    with pytest.raises(TypeError, match="not callable"):
+        run(moe.experts)
+    moe = _moe()
+    moe.experts[2].up_proj.to("meta")  # as an offloaded layer is outside its forward
+    with pytest.raises(TypeError, match="not callable"):
+        run(moe.experts)
+    with pytest.raises(TypeError, match="not callable"):
+        run(MoE(16, 6, num_experts=EXPERTS, top_k=2).experts)  # 24 bytes a row

@@ -116,6 +116,13 @@ def test_what_is_written_in_content_never_becomes_special(chat, full_space, mess
     assert len(got.assistant_mask) == len(got.input_ids)
 
 
+def test_a_line_break_inside_a_look_alike_stays_text(chat, full_space):
+    """JSON writes it as two letters, so that the rendered text looks like a special token."""
+    listed = [{"type": "function", "function": {"name": "f", "parameters": {"<|us\ner|>": {}}}}]
+    got = encode_chat(chat, full_space, [{"role": "user", "content": "x"}], tools=listed)
+    assert r"<|us\ner|>" in chat.decode(got.input_ids)
+
+
 @given(EVIL)
 @settings(max_examples=60, deadline=None)
 def test_the_mask_is_right_with_look_alikes(chat, full_space, evil):

@@ -7,21 +7,28 @@ on the way.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from xoron_core.errors import FolderError
+
 logger = logging.getLogger("xoron.train")
 
 _SECONDS_BETWEEN_LINES = 15.0
+_BOARD_BYTES = 256 * 1024  # more than TensorBoard's writer holds back
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float | None:
@@ -59,35 +66,53 @@ class MetricsLog:
             if record["step"] <= after and (record["kind"], record["step"]) != ("eval", last)
         ]
         aside = path.with_suffix(".partial")
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(_line(record) for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        self.file = path.open("a", encoding="utf-8")
+        self.run = run
         self.board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        with _explained(run):
+            with aside.open("w", encoding="utf-8") as file:
+                file.writelines(_line(record) for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+            self.file = path.open("a", encoding="utf-8")
+            if tensorboard:
+                self._need_room()
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=after + 1)
+                self.board = SummaryWriter(str(run / "tensorboard"), purge_step=after + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Writes one record; it is in the file when this returns."""
-        self.file.write(_line(record))
-        self.file.flush()
-        if self.board is not None:
-            for key, value in _scalars(record):
-                self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+        """Writes one record; it is in the file when this returns.
+
+        Raises:
+            FolderError: if the disk is full; so do the other methods.
+        """
+        with _explained(self.run):
+            self.file.write(_line(record))
+            self.file.flush()
+            if self.board is not None:
+                self._need_room()
+                for key, value in _scalars(record):
+                    self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+
+    def _need_room(self) -> None:
+        """TensorBoard writes in a thread whose traceback nobody can catch: stop before that."""
+        if shutil.disk_usage(self.run).free < _BOARD_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Brings the records to the disk, before a checkpoint that counts on them."""
-        os.fsync(self.file.fileno())
+        with _explained(self.run):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Closes the files."""
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        with _explained(self.run):
+            try:
+                self.file.close()
+            finally:
+                if self.board is not None:
+                    self.board.close()
 
 
 class ProgressLine:
@@ -136,6 +161,18 @@ class ProgressLine:
         """Leaves the terminal as it was."""
         if self.bar is not None:
             self.bar.stop()
+
+
+@contextmanager
+def _explained(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(
+            f"{run}: metrics could not be written ({error.strerror or error}). Checkpoints that"
+            " stand there are intact; free some space or check the permissions, then run it again"
+            " with --resume"
+        ) from error
 
 
 def _line(record: dict[str, Any]) -> str:

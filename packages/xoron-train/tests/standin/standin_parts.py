@@ -1,10 +1,12 @@
-"""One causal attention layer over bytes, with dropout so that a run depends on random state.
+"""One causal attention layer over bytes, with dropout so that a run depends on random state, and
+with experts where something is to be learned outside the gradient.
 
-Shapes: B rows, N positions, D width.
+Shapes: B rows, N positions, D width, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from xoron_core.components import Backbone, BackboneOutput, Tokenizer
 from xoron_core.config import Config
+from xoron_core.nn.moe import MoE, balance_metrics
 from xoron_core.tokens.space import TextBase
 
 
@@ -25,10 +28,11 @@ class NoConfig(Config):
 
 
 class StandInConfig(Config):
-    """Width D and the rate of dropout."""
+    """Width D, the rate of dropout and the number E of experts."""
 
     hidden_size: int = 16
     dropout: float = 0.0
+    num_experts: int = 0
 
 
 class StandInTokenizer(Tokenizer):
@@ -60,6 +64,11 @@ class StandInModel(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
         self.head = nn.Linear(size, rows, bias=False)
         self.dropout = nn.Dropout(config.dropout)
+        experts = config.num_experts
+        self.moe = MoE(size, size, num_experts=experts, top_k=1) if experts else None
+        if self.moe is not None:
+            # Clear preferences: rounding must not turn a choice when runs are compared.
+            nn.init.normal_(self.moe.router.weight)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -100,7 +109,19 @@ class StandInBackbone(Backbone):
             mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
         if self.gradient_checkpointing and self.training:
             return BackboneOutput(self._gradient_checkpointing_func(self._layer, x, mask), None)
-        return BackboneOutput(self._layer(x, mask), None)
+        x = self._layer(x, mask)
+        if model.moe is None:
+            return BackboneOutput(x, None)
+        valid = None if document_ids is None else document_ids != 0
+        mixed, seen = model.moe(x, valid, observe=True)
+        observed = {"load": seen.load, "tokens": seen.tokens, "entropy": seen.entropy}
+        return BackboneOutput(x + mixed, None, {}, observed if self.training else {})
+
+    def after_optimizer_step(self, stats: Mapping[str, Tensor]) -> None:
+        self.model.moe.router.update_selection_bias(stats["load"], 0.01)
+
+    def metrics(self, stats: Mapping[str, Tensor]) -> dict[str, float]:
+        return balance_metrics(stats["load"], stats["tokens"], stats["entropy"], top_k=1)
 
     def _layer(self, x: Tensor, mask: Tensor) -> Tensor:
         model = self.model

@@ -40,7 +40,9 @@ from xoron_core.tokens.tokenizer import (
 
 # What our strings and those of a third party's modality look like.
 _SHAPE = r"<\|[^|<>\s]{1,64}\|>"
-_SHAPE_TAIL = r"<(?:\|(?:[^|<>\s]{0,64}(?:(?<!<\|)\|)?)?)?\Z"
+# In content, white space too: JSON writes a line break of a tool's description as two letters.
+_WRITTEN = r"<\|[^|<>]{1,64}\|>"
+_WRITTEN_TAIL = r"<(?:\|(?:[^|<>]{0,64}(?:(?<!<\|)\|)?)?)?\Z"
 # Marks: hieroglyphs, then rare ideographs. JSON, Python's repr and string methods keep them as they
 # are, which is not true of private-use characters.
 _MARKS = (*range(0x13000, 0x13430), *range(0x20000, 0x2A6D0))
@@ -68,6 +70,7 @@ def encode_chat(
     *,
     return_assistant_mask: bool = False,
     parse_markup: bool = False,
+    media: Mapping[str, tuple[str, str]] | None = None,
     **template: Any,
 ) -> ChatEncoding:
     """Renders and encodes one conversation.
@@ -78,6 +81,8 @@ def encode_chat(
         messages: Hugging Face chat messages.
         return_assistant_mask: whether to mark what assistants say, end marker included.
         parse_markup: whether special tokens written inside the content are meant.
+        media: for a template that knows text only: content type to what stands for a medium that
+            is shown, and for one that an assistant makes. Contents become strings before rendering.
         **template: `tools`, `add_generation_prompt`, `enable_thinking` and whatever else the
             template takes.
 
@@ -92,6 +97,8 @@ def encode_chat(
     if not parse_markup:
         messages = [shield.hide(message) for message in messages]
         template = {name: shield.hide(value) for name, value in template.items()}
+    if media:
+        messages = [_as_text(message, media) for message in messages]
     text, spans = render(tokenizer, messages, assistant_spans=return_assistant_mask, **template)
     check_unicode(text)
     _check_rendered(space, rules, shield, text=text)
@@ -102,6 +109,17 @@ def encode_chat(
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, mask = encoded["input_ids"], _mask(encoded["offset_mapping"], spans)
     return ChatEncoding(ids, mask if return_assistant_mask else None, text)
+
+
+def _as_text(message: Message, media: Mapping[str, tuple[str, str]]) -> Message:
+    """A message whose content is one string, with markers where media stand."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    made = message.get("role") == "assistant"
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    texts = [p["text"] if p["type"] == "text" else media[p["type"]][made] for p in parts]
+    return {**message, "content": "".join(texts)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,7 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> _Rules:
         odd = [string for string in strings if not re.fullmatch(_SHAPE, string)]
         heads = sorted({string[:n] for string in odd for n in range(1, len(string))})
         tokens = [re.escape(string) for string in strings]
-        starts = [*tokens, _SHAPE, _SHAPE_TAIL, *(rf"{re.escape(head)}\Z" for head in heads)]
+        starts = [*tokens, _WRITTEN, _WRITTEN_TAIL, *(rf"{re.escape(head)}\Z" for head in heads)]
         cached = _RULES[tokenizer] = _Rules(
             ids,
             re.compile("|".join(tokens) or "(?!)"),

@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
+from xoron_core.tokens.byte_level import byte_alphabet
+
 
 class StreamDecoder:
     """An incremental detokeniser for one sequence.
@@ -46,7 +48,7 @@ class StreamDecoder:
         token = self._backend.id_to_token(token_id)
         if token is None or (self._skip and token_id in self._special):
             return ""
-        table = _alphabet()
+        table = _bytes_of_characters()
         # As in the tokenizers library: a token with any other character stands for itself.
         known = all(character in table for character in token)
         return self._decoder.decode(
@@ -89,8 +91,5 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 @cache
-def _alphabet() -> dict[str, int]:
-    """Character to byte of the byte-level alphabet (GPT-2, Radford et al. 2019)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+def _bytes_of_characters() -> dict[str, int]:
+    return {character: value for value, character in byte_alphabet().items()}

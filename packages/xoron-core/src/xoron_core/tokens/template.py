@@ -16,6 +16,7 @@ Footguns
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -42,18 +43,25 @@ def chat_template(*, multimodal: bool = True) -> str:
     return text if multimodal else _TEXT_ONLY + text
 
 
-def apply_chat_template_to_tokenizer(tokenizer: _T, multimodal: bool = True) -> _T:
+def apply_chat_template_to_tokenizer(
+    tokenizer: _T, multimodal: bool = True, *, placeholders: Mapping[str, str] | None = None
+) -> _T:
     """Gives the tokenizer our chat template, in place.
 
     Args:
         tokenizer: whose token space has the groups `control` and `conversation` (and
             `multimodal`, `reasoning`, `tools` for what uses them).
         multimodal: whether message content may hold media.
+        placeholders: modality to the special token that stands for its media, if not
+            `<|MODALITY_pad|>`.
 
     Returns:
         the same tokenizer.
     """
-    tokenizer.chat_template = chat_template(multimodal=multimodal)
+    template = chat_template(multimodal=multimodal)
+    if placeholders:
+        template = f"{{%- set placeholders = {json.dumps(dict(placeholders))} -%}}\n{template}"
+    tokenizer.chat_template = template
     return tokenizer
 
 

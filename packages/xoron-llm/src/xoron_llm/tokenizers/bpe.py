@@ -1,8 +1,4 @@
-"""Byte-level BPE: the byte alphabet, ranks to merges, and the `tokenizers` object made of them.
-
-A byte-level vocabulary writes each of the 256 bytes as one printable character (Radford et al.,
-2019, GPT-2), so that any text is covered and any sequence of bytes can be named in JSON.
-"""
+"""Byte-level BPE: ranks to merges, and the `tokenizers` object made of them."""
 
 from __future__ import annotations
 
@@ -16,17 +12,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from xoron_core.errors import FolderError
+from xoron_core.tokens.byte_level import byte_alphabet
 
 Merge = tuple[str, str]
-
-
-def byte_alphabet() -> dict[int, str]:
-    """Byte value to its character: printable ones stand for themselves, the rest moves up."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [value for value in range(256) if value not in printable]
-    return {value: chr(value) for value in printable} | {
-        value: chr(256 + index) for index, value in enumerate(rest)
-    }
 
 
 def vocabulary_identity(vocab: Mapping[str, int]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerFast
 
 from xoron_core.components import Tokenizer
+from xoron_core.tokens.byte_level import byte_alphabet
 from xoron_core.tokens.space import TextBase
 from xoron_llm.tokenizers import bpe
 
@@ -29,4 +30,4 @@ class ByteTokenizer(Tokenizer):
 
     @staticmethod
     def _vocab() -> dict[str, int]:
-        return {character: value for value, character in bpe.byte_alphabet().items()}
+        return {character: value for value, character in byte_alphabet().items()}
