@@ -106,11 +106,11 @@ def make_tokenizer(
     """Generates the tokenizer of a composition from its token space."""
     for name, slot in composition.of_kind("tokenizer").items():
         base = build_tokenizer_part(chosen, name, slot).base()
-        template = composition.tokens.template or _default_template(composition)
-        if template == "base":
+        if composition.template == "base":
             return build_tokenizer(cast(TokenSpace, space), base, control="base")
         tokenizer = build_tokenizer(cast(TokenSpace, space), base)
-        return apply_chat_template_to_tokenizer(tokenizer, multimodal=True)
+        placeholders = composition.tokens.placeholders
+        return apply_chat_template_to_tokenizer(tokenizer, placeholders=placeholders)
     return None
 
 
@@ -127,9 +127,3 @@ def set_control_tokens(model: XoronModel, tokenizer: PreTrainedTokenizerFast | N
         config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-
-
-def _default_template(composition: Composition) -> str:
-    """Over pretrained weights the base's own template is the one they were trained with."""
-    pretrained = any(slot.config.get("path") for slot in composition.of_kind("backbone").values())
-    return "base" if pretrained else "xoron"

@@ -18,9 +18,10 @@ from xoron_core import sequence
 from xoron_core.components import Codec, Generator, MediaProcessor, Part, Projector
 from xoron_core.composer.composition import Composition, load_factory
 from xoron_core.composer.parts import typed_config
+from xoron_core.composer.space import used_modalities
 from xoron_core.descriptors import Modality, resolve
 from xoron_core.errors import PluginError, SequenceError
-from xoron_core.fill import codec_range_names
+from xoron_core.fill import COUNTS, codec_range_names
 from xoron_core.folder import read_config, read_space
 from xoron_core.plugins import Registry
 from xoron_core.plugins import registry as installed
@@ -43,6 +44,10 @@ class XoronProcessor:
         tokenizer: the generated tokenizer, or None in a composition without text.
         space: the token space, or None.
         registry: the plug-ins; None takes the installed ones.
+
+    Attributes:
+        budgets: positions that an item takes, by slot of its projector, where it is to take fewer
+            than it could. Only for projectors with budgets; may be set anew for every batch.
     """
 
     def __init__(
@@ -57,10 +62,8 @@ class XoronProcessor:
         self.tokenizer = tokenizer
         self.space = space
         registry = registry or installed()
-        used = {slot.modality for slot in composition.slots.values()}
-        self.modalities: dict[str, Modality] = {
-            name: modality for name, modality in registry.modalities().items() if name in used
-        }
+        self.budgets: dict[str, int] = {}
+        self.modalities: dict[str, Modality] = used_modalities(composition, registry)
         self._parts: dict[str, tuple[type[Part], Any]] = {
             name: (
                 load_factory(registry, registry.component(slot.kind, slot.use)),
@@ -105,7 +108,14 @@ class XoronProcessor:
         tokenizer = self._need_tokenizer()
         space = cast(TokenSpace, self.space)
         placed = sequence.media_parts(messages, self.modalities)
-        encoded = encode_chat(tokenizer, space, messages, return_assistant_mask=train, **template)
+        encoded = encode_chat(
+            tokenizer,
+            space,
+            messages,
+            return_assistant_mask=train,
+            media=self._media_markers if placed else None,
+            **template,
+        )
         ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
         learned = torch.zeros(len(ids), dtype=torch.bool)
         if train:
@@ -168,12 +178,26 @@ class XoronProcessor:
         return processor.load(resolve(modality.load)(media))
 
     def collate_media(self, slot: str, items: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Items to the tensors that the component in `slot` takes."""
-        return self.processors[slot].collate([dict(item) for item in items])
+        """Items to the tensors that the component in `slot` takes, and `counts` if planned."""
+        batch = self.processors[slot].collate([dict(item) for item in items])
+        if all(COUNTS in item for item in items):
+            batch[COUNTS] = torch.tensor([item[COUNTS] for item in items])
+        return batch
 
     def media_batch(self, slot: str, media: Sequence[Any]) -> dict[str, Tensor]:
         """Media to the tensors that the component in `slot` takes."""
         return self.collate_media(slot, [self.load_media(slot, medium) for medium in media])
+
+    @property
+    def _media_markers(self) -> dict[str, tuple[str, str]] | None:
+        """What stands for a medium where the template is not ours and renders none."""
+        if self.composition.template == "xoron":
+            return None
+        return {
+            kind: (f"{m.begin}{m.placeholder}{m.end}", f"{m.gen_begin}{m.placeholder}{m.gen_end}")
+            for m in self.modalities.values()
+            for kind in m.content_types
+        }
 
     def _measure(self, slot: str, media: Any) -> tuple[Mapping[str, Any], int, int]:
         item = self.load_media(slot, media)
@@ -187,16 +211,41 @@ class XoronProcessor:
         if issubclass(cls, Codec):
             names = codec_range_names(cls, config)
             return item, count * len(names), space.range(names[0]).start
-        projector, projector_config = self._parts[f"{slot.rpartition('.')[0]}.projector"]
+        name = f"{slot.rpartition('.')[0]}.projector"
+        if name not in self._parts:
+            raise PluginError(
+                f"slot {slot!r}: nothing fills {name!r}, which puts its features into a sequence;"
+                f" compose one in, as {name}: {{use: NAME}}"
+            )
+        projector, projector_config = self._parts[name]
         assert issubclass(projector, Projector)
+        budget = self.budgets.get(name)
+        if projector.budgeted:
+            count = budget or projector.num_positions(projector_config, count)
+            return {**item, COUNTS: count}, count, placeholder
+        if budget is not None:
+            raise SequenceError(
+                f"slot {name!r}: a budget of {budget} positions was set, but {projector.__name__}"
+                " makes a fixed number; remove it from the processor's budgets"
+            )
         return item, projector.num_positions(projector_config, count), placeholder
 
     # folders
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Writes the tokenizer's files into a model folder."""
-        if self.tokenizer is not None:
+        """Writes the tokenizer's files into a model folder.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        if self.tokenizer is None:
+            return
+        try:
             self.tokenizer.save_pretrained(folder)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise OSError(str(error)) from error  # how tokenizers reports a full disk
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, registry: Registry | None = None) -> Self:

@@ -107,7 +107,7 @@ def media_parts(messages: Sequence[Message], modalities: Mapping[str, Modality])
     for index, message in enumerate(messages):
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
-            kind = part.get("type")
+            kind = "text" if isinstance(part, str) else part.get("type")
             if kind == "text":
                 continue
             if kind not in types:

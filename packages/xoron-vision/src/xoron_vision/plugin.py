@@ -1,0 +1,111 @@
+"""What xoron-vision contributes, as data; nothing heavy is imported to answer."""
+
+from __future__ import annotations
+
+from xoron_core.descriptors import Component, Modality, Preset, TokenGroup
+from xoron_core.hookspecs import hookimpl
+
+xoron_api = 1
+GROUP = "xoron-core/multimodal"
+PATCH_GROUP = "xoron-vision/image-patch"
+_ENCODERS = (
+    (
+        "siglip",
+        "xoron_vision.siglip:SiglipEncoder",
+        "xoron_vision.config:SiglipConfig",
+        "SigLIP and SigLIP 2 towers, fixed size or native aspect ratio; one feature per patch.",
+    ),
+    (
+        "xoron-vision",
+        "xoron_vision.encoder:XoronVisionEncoder",
+        "xoron_vision.config:XoronVisionConfig",
+        "SigLIP tower, compression to 256 latents, dual-stream attention.",
+    ),
+)
+_PROJECTORS = (
+    ("perceiver", "perceiver:Perceiver", "Perceiver", "Latents attend to features: 64 positions."),
+    (
+        "perceiver-mlp",
+        "perceiver:PerceiverMlp",
+        "PerceiverMlp",
+        "The Qwen3-VLM connector: latents attend to features, then two wide layers.",
+    ),
+    ("mlp", "simple:Mlp", "Mlp", "Two layers on every feature: as many positions as patches."),
+    (
+        "pixel-shuffle",
+        "simple:PixelShuffle",
+        "Group",
+        "Squares of patches side by side in one position, then two layers.",
+    ),
+    ("spatial", "simple:Spatial", "Group", "The mean of each square of patches, then two layers."),
+    (
+        "c-abstractor",
+        "c_abstractor:CAbstractor",
+        "CAbstractor",
+        "Convolutions and pooling to a square grid of positions.",
+    ),
+)
+
+
+@hookimpl
+def xoron_components() -> list[Component]:
+    encoders = [
+        Component("encoder", name, "image", factory, config, summary, token_groups=(GROUP,))
+        for name, factory, config, summary in _ENCODERS
+    ]
+    projectors = [
+        Component(
+            kind="projector",
+            name=name,
+            modality="image",
+            factory=f"xoron_vision.projectors.{factory}Projector",
+            config=f"xoron_vision.projectors.config:{config}Config",
+            summary=summary,
+            token_groups=(GROUP, PATCH_GROUP) if name == "perceiver-mlp" else (GROUP,),
+        )
+        for name, factory, config, summary in _PROJECTORS
+    ]
+    return encoders + projectors
+
+
+@hookimpl
+def xoron_modalities() -> list[Modality]:
+    return [
+        Modality(
+            name="image",
+            content_types=("image", "image_url", "input_image"),
+            begin="<|image|>",
+            end="<|/image|>",
+            gen_begin="<|gen_image|>",
+            gen_end="<|/gen_image|>",
+            placeholder="<|image_pad|>",
+            load="xoron_vision.image:load_image",
+            sample="xoron_vision.image:sample_image",
+        )
+    ]
+
+
+@hookimpl
+def xoron_token_groups() -> list[TokenGroup]:
+    """The placeholder of Track A, for compositions that select it."""
+    tokens = {"image_patch": "<image_patch>"}
+    return [TokenGroup(PATCH_GROUP, tokens, hidden=frozenset(tokens))]
+
+
+@hookimpl
+def xoron_presets() -> list[Preset]:
+    def of(name: str, file: str, component: str | None = None) -> Preset:
+        return Preset(name, f"xoron_vision:presets/{file}.yaml", component=component)
+
+    return [
+        of("tiny", "tiny"),
+        of("xoron-dev", "xoron-dev"),
+        of("qwen3-vlm", "qwen3-vlm"),
+        of("tiny", "siglip-tiny", "encoder/siglip"),
+        of("so400m", "siglip-so400m", "encoder/siglip"),
+        of("tiny", "xoron-vision-tiny", "encoder/xoron-vision"),
+        of("xoron-dev", "xoron-vision-xoron-dev", "encoder/xoron-vision"),
+        of("tiny", "perceiver-tiny", "projector/perceiver"),
+        of("tiny", "perceiver-mlp-tiny", "projector/perceiver-mlp"),
+        of("tiny", "c-abstractor-tiny", "projector/c-abstractor"),
+    ]

@@ -1,0 +1,1 @@
+"""Features of an encoder to positions of a backbone."""
