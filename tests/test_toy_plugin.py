@@ -13,6 +13,7 @@ import xoron_core
 from xoron_core import plugins
 from xoron_core.errors import PluginError, SequenceError
 from xoron_core.events import Finished, MediaOut
+from xoron_core.media import embed, write_codes
 from xoron_core.sampling import Sampling
 from xoron_core.session import Session
 
@@ -96,7 +97,7 @@ def test_placeholder_rows_are_the_projectors_output_bit_for_bit(composed):
     model, processor = composed
     batch = processor([ask(0)[:1], ask(1, n=24)[:1]])
     media = batch["media"]["signal.encoder"]
-    embeds, _ = model._embed(batch["input_ids"], None, None, batch["media"])
+    embeds = embed(model, batch["media"], input_ids=batch["input_ids"]).embeds
     features = model.part("signal.encoder")(media["patches"], media["mask"])
     tokens = model.part("signal.projector")(features).values
     for item, (row, start, length) in enumerate(media["spans"].tolist()):
@@ -126,14 +127,7 @@ def test_both_directions_through_the_codec_put_its_ids_into_inputs_and_labels(co
     batch = processor(conversation, train=True)
     spans = batch["media"]["signal.codec"]["spans"]
     media = {"signal.codec": batch["media"]["signal.codec"]}
-    ids, labels = model._write_codes(
-        "signal.codec",
-        model.part("signal.codec"),
-        spans,
-        {k: v for k, v in media["signal.codec"].items() if k != "spans"},
-        batch["input_ids"],
-        batch["labels"],
-    )
+    ids, labels = write_codes(model, media, batch["input_ids"], batch["labels"])
     codes = model.part("signal.codec").encode(
         media["signal.codec"]["patches"], media["signal.codec"]["mask"]
     )

@@ -66,6 +66,16 @@ def test_a_good_plugin_is_available_with_its_origin(install):
         (GOOD.replace("xoron_components", "xoron_componets"), "broken", ["'xoron_components'"]),
         (GOOD.replace("return [", "return ['no', "), "broken", ["'no'", "Component"]),
         (GOOD.replace("return [", "1 / 0; return ["), "broken", ["ZeroDivisionError"]),
+        (GOOD.replace("return [", "raise SystemExit; return ["), "broken", ["SystemExit"]),
+        (GOOD.replace('"encoder"', '"encodr"'), "broken", ["'encodr'", "Did you mean 'encoder'"]),
+        (GOOD.replace("return [", "return 2 * ["), "broken", ["'encoder/ecg' twice"]),
+        (
+            GOOD.replace("xoron_components", "xoron_token_groups")
+            .replace("import Component", "import TokenGroup")
+            .replace("return [", "return [TokenGroup('x/y', {'user': '<|user|>'})]; ["),
+            "conflict",
+            ["special token '<|user|>'", "xoron-core (core)", "xoron-bad (bad)"],
+        ),
     ],
 )
 def test_a_bad_plugin_is_isolated_and_its_problem_named(install, source, state, words):
@@ -108,7 +118,7 @@ def test_selection_keeps_core_and_disables_the_rest(install):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("herat", "Did you mean 'heart'"), ("vision", "pip install xoron-vision")],
+    [("herat", "Did you mean 'heart'"), ("audio", "pip install xoron-audio")],
 )
 def test_an_unknown_plugin_is_answered_with_the_fix(install, name, words):
     install("heart", GOOD)
@@ -125,8 +135,8 @@ def test_selecting_a_broken_plugin_says_why_it_cannot_be_used(install):
 def test_an_absent_component_names_its_package_or_the_nearest_name(install):
     install("heart", GOOD)
     registry = found()
-    with pytest.raises(PluginError, match="pip install xoron-vision"):
-        registry.component("encoder", "siglip")
+    with pytest.raises(PluginError, match="pip install xoron-audio"):
+        registry.component("codec", "rvq-audio")
     with pytest.raises(PluginError, match="Did you mean 'encoder/ecg'"):
         registry.component("encoder", "ecgg")
 

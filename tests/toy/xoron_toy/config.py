@@ -41,6 +41,11 @@ def load_signal(source):
     return np.asarray(source, dtype=np.float32).reshape(-1)
 
 
+def sample_signal(seed, size):
+    """A made-up signal of `size` patches, the last one not full."""
+    return np.random.default_rng(seed).standard_normal(size * PATCH - 1).astype(np.float32)
+
+
 class SignalProcessor:
     """Signals to whole patches, zero-padded."""
 

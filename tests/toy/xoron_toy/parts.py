@@ -123,15 +123,17 @@ class SignalGenerator(Signal, c.Generator):
         return self.net(torch.cat([hidden, x, t.expand(*x.shape[:2], 1)], dim=-1))
 
     def loss(self, hidden, target, rng):
-        noise = torch.randn(target.shape, generator=rng, device=target.device)
-        t = torch.rand(len(target), 1, 1, generator=rng, device=target.device)
+        like = {"dtype": target.dtype, "device": target.device, "generator": rng}
+        noise = torch.randn(target.shape, **like)
+        t = torch.rand(len(target), 1, 1, **like)
         error = self.velocity(hidden, (1 - t) * target + t * noise, t) - (noise - target)
         return c.LossTerm((error**2).sum(), torch.tensor(float(error.numel())))
 
     def sample(self, hidden, rng, steps=8):
-        x = torch.randn(*hidden.shape[:2], self.latent, generator=rng, device=hidden.device)
+        like = {"dtype": hidden.dtype, "device": hidden.device}
+        x = torch.randn(*hidden.shape[:2], self.latent, generator=rng, **like)
         for i in range(steps, 0, -1):
-            x = x - self.velocity(hidden, x, torch.full((1, 1, 1), i / steps)) / steps
+            x = x - self.velocity(hidden, x, torch.full((1, 1, 1), i / steps, **like)) / steps
         return self.autoencoder[0].decode(x)
 
 

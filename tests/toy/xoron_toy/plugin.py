@@ -42,6 +42,7 @@ def xoron_modalities():
             gen_end="<|/gen_signal|>",
             placeholder="<|signal_pad|>",
             load="xoron_toy.config:load_signal",
+            sample="xoron_toy.config:sample_signal",
         )
     ]
 

@@ -80,6 +80,9 @@ class Modality:
             themselves: encoder features and generator queries.
         load: `pkg.module:function`, from a path, bytes or array to the object that the
             components' processors take.
+        sample: `pkg.module:function`, called as `sample(seed, size)`: a made-up medium that `load`
+            takes, without files. Sizes 1, 2, 3 are ever longer where media have lengths. Checks
+            and diagnoses feed components with it; empty leaves them the dummy batches.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Modality:
     gen_end: str
     placeholder: str
     load: str
+    sample: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pluggy
 
 from xoron_core import hookspecs
 from xoron_core.descriptors import (
+    KINDS,
     Command,
     Component,
     Contribution,
@@ -139,10 +140,34 @@ def _collect(
             fields[name] = values
         for hook in extra_hooks:
             extras[hook] = tuple(_call(manager, hook, module))
-    except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a plug-in may raise anything
         problem = f"a hook failed: {type(error).__name__}: {error}"
         return replace(plugin, state="broken", problem=problem)
-    return replace(plugin, contribution=Contribution(**fields, extras=extras))
+    contribution = Contribution(**fields, extras=extras)
+    if problem := _contradiction(contribution):
+        return replace(plugin, state="broken", problem=problem)
+    return replace(plugin, contribution=contribution)
+
+
+def _contradiction(found: Contribution) -> str:
+    """What a plug-in says that cannot be true, or an empty string."""
+    for component in found.components:
+        if component.kind not in KINDS:
+            return (
+                f"xoron_components: {component.name!r} has the unknown kind {component.kind!r}."
+                f"{did_you_mean(component.kind, KINDS)} Kinds: {', '.join(KINDS)}"
+            )
+    offered = {
+        "xoron_components": [component.key for component in found.components],
+        "xoron_modalities": [modality.name for modality in found.modalities],
+        "xoron_token_groups": [group.name for group in found.token_groups],
+        "xoron_commands": [command.name for command in found.commands],
+    }
+    for hook, names in offered.items():
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            return f"{hook} returns {twice!r} twice; keep one of them"
+    return ""
 
 
 def _call(manager: pluggy.PluginManager, hook: str, module: Any) -> list[Any]:

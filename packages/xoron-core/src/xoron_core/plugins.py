@@ -6,8 +6,10 @@ in conflict, and the error says how to choose one. How plug-ins are found is in 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -222,7 +224,9 @@ def registry() -> Registry:
     """
     from xoron_core.discovery import discover
 
-    found = discover(importlib.metadata.entry_points(group=GROUP))
+    # What a plug-in prints while it is loaded is not the result of a command.
+    with contextlib.redirect_stdout(sys.stderr):
+        found = discover(importlib.metadata.entry_points(group=GROUP))
     return found.select(os.environ.get(VARIABLE))
 
 
@@ -235,6 +239,9 @@ def mark_conflicts(plugins: list[Plugin]) -> list[Plugin]:
             names += [f"modality {m.name}" for m in plugin.contribution.modalities]
             names += [f"command {c.name}" for c in plugin.contribution.commands]
             names += [f"token group {g.name}" for g in plugin.contribution.token_groups]
+            # Groups of one plug-in may share a string on purpose: a composition picks one of them.
+            strings = (s for g in plugin.contribution.token_groups for s in g.tokens.values())
+            names += [f"special token {string!r}" for string in dict.fromkeys(strings)]
             for key in names:
                 owners[key].append(plugin)
     problems: dict[str, str] = {}

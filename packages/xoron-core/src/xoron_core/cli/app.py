@@ -46,7 +46,7 @@ class PluginGroup(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Lists the commands from their descriptors, without importing them."""
-        rows = [("plugins", "List plug-ins, or show one.")]
+        rows = [("plugins", "List, show, check or start plug-ins.")]
         rows += [(command.name, command.help) for command in registry().commands().values()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)

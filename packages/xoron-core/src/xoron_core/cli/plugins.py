@@ -1,4 +1,4 @@
-"""`xoron plugins list|show` with options; the light path to `list` is in `xoron_core.cli`."""
+"""`xoron plugins list|show|check|new`; the light path to `list` is in `xoron_core.cli`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from xoron_core.cli.plugin_list import print_list, print_one
+from xoron_core.cli.plugins_check import check
+from xoron_core.cli.plugins_new import new
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="List plug-ins, or show one.\n\nExample: xoron plugins show llm",
+    help="List, show, check or start plug-ins.\n\nExample: xoron plugins show llm",
 )
 
 
@@ -40,3 +42,7 @@ def show_command(
     Example: xoron plugins show llm
     """
     print_one(name, as_json=as_json)
+
+
+app.command("check")(check)
+app.command("new")(new)
