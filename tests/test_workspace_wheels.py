@@ -16,9 +16,10 @@ import pytest
 
 # Data files each package cannot do without, by suffix.
 DATA = {
-    "xoron-core": {".json", ".jinja"},
+    "xoron-core": {".json", ".jinja", ".tmpl"},
     "xoron-llm": {".yaml"},
     "xoron-train": {".yaml"},
+    "xoron-vision": {".yaml"},
 }
 
 

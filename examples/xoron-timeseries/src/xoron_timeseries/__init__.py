@@ -1,0 +1,1 @@
+"""A xoron plug-in: numeric series in and out of a model."""
