@@ -2,7 +2,8 @@
 
 torch is the CPU build and neither torchvision nor torchaudio is there (their wheels for Linux
 are CUDA builds that break beside a CPU torch). With `--wheels`, the named import packages come
-from installed wheels, not from the source tree.
+from installed wheels, not from the source tree. With `--lowest`, what the packages require is
+installed in its lowest declared version.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import importlib.util
 import sys
 import sysconfig
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 
 def problems(wheels: list[str]) -> list[str]:
@@ -34,14 +38,40 @@ def problems(wheels: list[str]) -> list[str]:
     return found
 
 
+def above_the_lowest(names: list[str]) -> list[str]:
+    """Requirements of distributions that are not installed in their lowest declared version.
+
+    A lower bound that no installation can have proves nothing and misleads. Patch releases do not
+    count, and torch is the workspace's own build unless another one was asked for.
+    """
+    found = []
+    for name in names:
+        for text in importlib.metadata.requires(name) or ():
+            requirement = Requirement(text)
+            bounds = [s.version for s in requirement.specifier if s.operator == ">="]
+            if requirement.marker or not bounds or requirement.name == "torch":
+                continue
+            installed = Version(importlib.metadata.version(requirement.name))
+            if installed.release[:2] != (*Version(bounds[0]).release, 0)[:2]:
+                found.append(
+                    f"{name} declares {requirement}, and {installed} is the lowest that can be"
+                    " installed; raise the bound"
+                )
+    return found
+
+
 def main() -> int:
     """Prints the versions; returns 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wheels", nargs="*", default=[], metavar="PACKAGE")
+    parser.add_argument("--lowest", action="store_true")
     options = parser.parse_args()
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
     print(f"Python {sys.version.split()[0]}, {', '.join(versions)}", *options.wheels, flush=True)
     wrong = problems(options.wheels)
+    if options.lowest:
+        ours = {p.dist.name for p in importlib.metadata.entry_points(group="xoron") if p.dist}
+        wrong += above_the_lowest(sorted(ours))
     for line in wrong:
         print(f"check_environment: {line}", file=sys.stderr)
     return bool(wrong)

@@ -1,25 +1,39 @@
-"""Writes docs/cli.md from the commands themselves: `hatch run docs`.
+"""Writes the generated pages from the code itself: `hatch run docs`.
 
-With --check it changes nothing and fails if the file is stale.
+cli.md comes from the commands' own help; reference/ from hook specifications, interfaces and
+configs. With --check it changes nothing and fails if a page is stale; a test does that.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import reference
+
 from xoron_core.cli.app import app
 
-TARGET = Path(__file__).with_name("cli.md")
+HERE = Path(__file__).parent
 HEAD = "# The command line\n\nWritten by `hatch run docs` from the commands' own help.\n"
 
 
-def render() -> str:
-    """Returns the page: the help of every command."""
+def commands() -> str:
+    """Returns the page of the command line: the help of every command."""
     return HEAD + "".join(_sections(typer.main.get_command(app), "xoron"))
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": commands,
+    "reference/hooks.md": reference.hooks,
+    "reference/kinds.md": reference.kinds,
+    "reference/configs.md": reference.configs,
+}
 
 
 def _sections(command: Any, name: str) -> list[str]:
@@ -34,14 +48,19 @@ def _sections(command: Any, name: str) -> list[str]:
 
 
 def main() -> int:
-    """Writes or checks the page."""
-    page = render()
-    if "--check" in sys.argv[1:]:
-        if not TARGET.exists() or TARGET.read_text(encoding="utf-8") != page:
-            print(f"{TARGET.name} is stale; run: hatch run docs", file=sys.stderr)
-            return 1
-        return 0
-    TARGET.write_text(page, encoding="utf-8")
+    """Writes or checks the pages."""
+    stale = []
+    for name, render in PAGES.items():
+        target, page = HERE / name, render()
+        if target.exists() and target.read_text(encoding="utf-8") == page:
+            continue
+        stale.append(name)
+        if "--check" not in sys.argv[1:]:
+            target.parent.mkdir(exist_ok=True)
+            target.write_text(page, encoding="utf-8")
+    if stale and "--check" in sys.argv[1:]:
+        print(f"{', '.join(stale)} is stale; run: hatch run docs", file=sys.stderr)
+        return 1
     return 0
 
 

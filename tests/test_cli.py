@@ -88,8 +88,8 @@ def test_compose_writes_what_python_composes(folder):
 
 def test_dry_run_and_inspect_agree_and_are_exact(folder, capsys, tmp_path):
     planned = json.loads(
-        call(capsys, "compose", "--preset", "tiny", "--set", "backbone.num_layers=2", "--dry-run",
-             "--json")[0]
+        call(capsys, "compose", "--plugins", "llm", "--preset", "tiny", "--set",
+             "backbone.num_layers=2", "--dry-run", "--json")[0]
     )  # fmt: skip
     shown = json.loads(call(capsys, "inspect", folder, "--json")[0])
     model, _ = xoron_core.load(folder)
@@ -148,7 +148,7 @@ def test_tokens_show_and_verify(folder, capsys, copy):
 def test_plugins_show_and_list(capsys):
     listed = json.loads(call(capsys, "plugins", "list", "--json")[0])
     assert {p["name"]: p["state"] for p in listed} == {
-        "core": "available", "llm": "available", "train": "available",
+        "core": "available", "llm": "available", "train": "available", "vision": "available",
     }  # fmt: skip
     assert "backbone/xoron-moe" in call(capsys, "plugins", "show", "llm")[0]
 
@@ -157,9 +157,9 @@ def test_plugins_show_and_list(capsys):
     ("arguments", "code", "words"),
     [
         (["plugins", "show", "lm"], 2, ["Did you mean 'llm'"]),
-        (["plugins", "show", "vision"], 2, ["pip install xoron-vision"]),
+        (["plugins", "show", "audio"], 2, ["pip install xoron-audio"]),
         (["compose", "--plugins", "visoin", "-o", "x"], 2, ["unknown plug-in 'visoin'"]),
-        (["compose", "--plugins", "vision", "-o", "x"], 2, ["pip install xoron-vision"]),
+        (["compose", "--plugins", "audio", "-o", "x"], 2, ["pip install xoron-audio"]),
         (["compose", "--preset", "tinny", "-o", "x"], 2, ["Did you mean 'tiny'"]),
         (["compose"], 2, ["-o DIR"]),
         (["compose", "-f", "none.yaml", "-o", "x"], 2, ["none.yaml", "No such file"]),
@@ -167,14 +167,14 @@ def test_plugins_show_and_list(capsys):
         (["compose", "--set", "backbone.num_layers=many", "-o", "x"], 2, ["integer", "'many'"]),
         (["compose", "--set", "backbone", "-o", "x"], 2, ["key=value"]),
         (
-            ["compose", "--set", "image.encoder.use=siglip", "-o", "x"],
+            ["compose", "--set", "audio.codec.use=rvq-audio", "-o", "x"],
             2,
-            ["pip install xoron-vision"],
+            ["pip install xoron-audio"],
         ),
         (
-            ["compose", "--set", "image.encoder.depth=4", "-o", "x"],
+            ["compose", "--set", "audio.encoder.depth=4", "-o", "x"],
             2,
-            ["image.encoder", "`use: NAME`"],
+            ["audio.encoder", "`use: NAME`"],
         ),
         (
             ["compose", "--set", "tokens.groups=[reasonin]", "-o", "x"],

@@ -116,7 +116,8 @@ def test_a_published_size_is_exact_on_the_meta_device():
     from xoron_core.composer.planner import plan
     from xoron_core.plugins import registry
 
-    planned = plan(read_composition(registry(), preset="xoron-dev"), registry())
+    text = registry().select("llm")
+    planned = plan(read_composition(text, preset="xoron-dev"), text)
     D, V, F, L, E = 1024, planned.space.size, 2048, 12, 8
     rank, rotary, heads, head = 512, 32, 16, 64
     ffn = 3 * D * F
@@ -125,8 +126,9 @@ def test_a_published_size_is_exact_on_the_meta_device():
     attention += rank * heads * (head - rotary + head)
     dense = L * (attention + 2 * D) + (L // 2) * ffn
     experts = (L // 2) * ((E + 1) * ffn + E * D)
-    assert planned.parameters == 2 * V * D + dense + experts + D
-    assert planned.rows[0].active == planned.parameters - (L // 2) * (E - 2) * ffn
+    fusion = 4 * (4 * D * D + 2 * D)  # four projections and two norms at four layers
+    assert planned.parameters == 2 * V * D + dense + experts + D + fusion
+    assert planned.rows[0].active == planned.parameters - fusion - (L // 2) * (E - 2) * ffn
 
 
 def test_over_pretrained_weights_old_rows_and_text_logits_stay(qwen_base):

@@ -18,7 +18,7 @@ from xoron_core.errors import FolderError, TokenSpaceError
 
 @pytest.fixture(scope="module")
 def model_and_processor():
-    return xoron_core.compose(preset="tiny", overrides=["backbone.num_layers=2"])
+    return xoron_core.compose(plugins="llm", preset="tiny", overrides=["backbone.num_layers=2"])
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,9 @@ TALKS = [[{"role": "user", "content": text}] for text in WORDS]
 def lively(*options, seed=0):
     """A tiny model of large random weights, so that what it says depends on all that was said."""
     overrides = ["backbone.num_layers=2", "backbone.tie_word_embeddings=false", *options]
-    model, processor = xoron_core.compose(preset="tiny", overrides=overrides, seed=seed)
+    model, processor = xoron_core.compose(
+        plugins="llm", preset="tiny", overrides=overrides, seed=seed
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and "router" not in name:

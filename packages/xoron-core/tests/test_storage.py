@@ -98,6 +98,13 @@ def test_a_truncated_tensor_file_is_named(tmp_path):
         check_tensors(tmp_path / "y.safetensors")
 
 
+def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path):
+    for mode, expected in ((0o755, 0o644), (0o700, 0o600)):
+        tmp_path.chmod(mode)
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+        assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == expected
+
+
 def test_storage_imports_no_torch():
     code = "import sys, xoron_core.storage; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

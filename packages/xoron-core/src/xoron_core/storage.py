@@ -39,11 +39,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield aside
         _sync_tree(aside)
         _swap(aside, path)
-    except OSError as error:
+    except (OSError, FolderError) as error:
         shutil.rmtree(aside, ignore_errors=True)
+        # A writer of single files names the one aside, which means nothing to the user.
+        reason = error.__cause__ if isinstance(error, FolderError) else error
+        if not isinstance(reason, OSError):
+            raise
         kept = f" What was at {path} before is intact." if path.exists() else ""
         raise FolderError(
-            f"{path}: could not be written ({error.strerror or error}).{kept}"
+            f"{path}: could not be written ({reason.strerror or reason}).{kept}"
             " Free some space or check the permissions, then run it again."
         ) from error
     except BaseException:
@@ -74,6 +78,9 @@ def write_tensors(
         save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error
+    # safetensors lets the owner alone read it; whoever may read the folder may read the weights.
+    path = Path(path)
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
