@@ -86,7 +86,9 @@ def work(rank, folder, path):
     for name, stat in shared.statistics["backbone"].items():
         dist.all_reduce(stat)
         torch.testing.assert_close(stat, local.statistics["backbone"][name], **CLOSE)
-    assert shared.statistics["backbone"]["load"].shape[1] == 2  # text, signal
+    told = model.backbone.metrics(shared.statistics["backbone"])
+    assert {"layer1/max_load", "layer1/signal/max_load", "layer1/dropped"} <= told.keys()
+    assert told["layer1/dropped"] == 0
     term.sum.backward()
     sum_gradients(model)
     for name, parameter in model.named_parameters():

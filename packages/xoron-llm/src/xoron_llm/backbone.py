@@ -24,13 +24,13 @@ from xoron_core.components import AfterLayer, Backbone, BackboneOutput, Context,
 from xoron_core.config import Config
 from xoron_core.errors import CompositionError, SequenceError
 from xoron_core.nn import masks
+from xoron_core.nn.masks import valid_positions
 from xoron_core.nn.moe import Groups, MoE, balance_metrics
 from xoron_llm import hf
 from xoron_llm.cache_size import numbers_per_position
 from xoron_llm.hf_config import HfConfig
 from xoron_llm.hf_model import build_model, transformers_config
 from xoron_llm.moe.config import MoeConfig
-from xoron_llm.moe.modeling import valid_positions
 from xoron_llm.rows import copy_weights, load_pretrained, resize_rows
 
 _FIELDS = (

@@ -19,9 +19,6 @@ from xoron_core.nn.kernels import Kernel, sdpa
 from xoron_core.nn.norms import RMSNorm
 from xoron_core.nn.rope import apply_rotary
 
-# What blocks without a choice of kernels call.
-attend = sdpa
-
 
 class Attention(nn.Module):
     """Causal self-attention.

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from xoron_core.nn.attention import attend
+from xoron_core.nn.kernels import sdpa
 from xoron_core.nn.norms import RMSNorm
 
 
@@ -80,9 +80,9 @@ class CrossAttention(nn.Module):
             for t in (self.q_proj(self.q_norm(x)), keys, values)
         )
         if visible is None:
-            out = attend(q, k, v)
+            out = sdpa(q, k, v)
         else:
             sees = visible.any(-1, keepdim=True)
-            out = attend(q, k, v, mask=(visible | ~sees).unsqueeze(1))
+            out = sdpa(q, k, v, mask=(visible | ~sees).unsqueeze(1))
         out = self.o_proj(rearrange(out, "B H N d -> B N (H d)"))
         return out if visible is None else torch.where(sees, out, 0)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from xoron_core.nn.attention import attend
+from xoron_core.nn.kernels import sdpa
 from xoron_core.nn.norms import RMSNorm
 from xoron_core.nn.rope import apply_rotary
 
@@ -156,7 +156,7 @@ class JointBlock(nn.Module):
         keys = torch.cat([k for _, k, _ in made], dim=2)
         values = torch.cat([v for _, _, v in made], dim=2)
         where = None if mask is None else rearrange(mask, "B S -> B 1 1 S")
-        found = attend(torch.cat(queries, dim=2), keys, values, mask=where)
+        found = sdpa(torch.cat(queries, dim=2), keys, values, mask=where)
         parts = found.split([q.shape[2] for q in queries], dim=2)
         return tuple(
             member.write(x, part) for member, x, part in zip(members, streams, parts, strict=False)

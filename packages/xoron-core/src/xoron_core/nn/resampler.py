@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from xoron_core.nn.attention import attend
+from xoron_core.nn.kernels import sdpa
 from xoron_core.nn.mlp import SwiGLU
 from xoron_core.nn.norms import RMSNorm
 
@@ -69,7 +69,7 @@ class PerceiverLayer(nn.Module):
             rearrange(t, "B N (H d) -> B H N d", d=self.head_dim)
             for t in (self.q_proj(queries), self.k_proj(both), self.v_proj(both))
         )
-        found = attend(q, k, v, mask=mask)
+        found = sdpa(q, k, v, mask=mask)
         latents = latents + self.o_proj(rearrange(found, "B H K d -> B K (H d)"))
         return latents + cast(Tensor, self.mlp(self.mlp_norm(latents)))
 
@@ -185,7 +185,7 @@ class CrossAttentionLayer(nn.Module):
             rearrange(t, "B N (H d) -> B H N d", d=self.head_dim)
             for t in (self.q_proj(self.norm1(latents)), self.k_proj(context), self.v_proj(context))
         )
-        found = attend(q, k, v, mask=mask)
+        found = sdpa(q, k, v, mask=mask)
         latents = latents + self.o_proj(rearrange(found, "B H K d -> B K (H d)"))
         return latents + cast(Tensor, self.fc2(F.gelu(self.fc1(self.norm2(latents)))))
 
