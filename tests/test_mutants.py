@@ -57,6 +57,18 @@ def test_a_fault_of_text_fails_its_check_alone(mutant, tmp_path):
     check_one(mutant, WORDS, "xoron_words", tmp_path)
 
 
+def test_a_codec_without_a_training_path_fails_nothing_of_the_loss_beside_it(tmp_path):
+    encodes_only = Mutant(
+        name="encodes-only",
+        file="parts.py",
+        old="    def forward(self, patches, mask):\n        soft = self._codes(patches)",
+        new="    def train_alone(self, patches, mask):\n        soft = self._codes(patches)",
+        caught_by="loss/signal-loss/runs",
+        says=(),
+    )
+    assert failures(encodes_only.write(TOY, "xoron_toy", tmp_path), encodes_only) == {}
+
+
 def test_every_check_is_proved_by_a_mutant():
     caught = {
         mutant.caught_by.rpartition("/")[2] for mutant in (*LOADING, *ENCODER, *OTHERS, *TEXT)

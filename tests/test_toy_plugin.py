@@ -155,6 +155,19 @@ def test_an_answered_signal_is_input_again_for_later_turns(composed):
     assert strings[second.start + second.length] == "<|/signal|>"
 
 
+def test_a_medium_may_stand_under_any_of_its_usual_keys(composed):
+    _, processor = composed
+    medium = next(p for p in ask(0)[0]["content"] if p["type"] == "signal")["signal"]
+    plans = [
+        processor.plan([{"role": "user", "content": [{"type": "signal", key: medium}]}])
+        for key in ("signal", "path", "url", "data")
+    ]
+    assert all(len(plan.spans) == 1 for plan in plans)
+    assert all(plan.input_ids.equal(plans[0].input_ids) for plan in plans)
+    with pytest.raises(SequenceError, match="without 'signal', 'path', 'url' or 'data'"):
+        processor.plan([{"role": "user", "content": [{"type": "signal"}]}])
+
+
 def test_a_wrong_number_of_positions_names_both_counts(composed):
     model, processor = composed
     batch = processor(ask(0)[:1])

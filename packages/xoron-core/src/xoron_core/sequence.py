@@ -115,10 +115,11 @@ def media_parts(messages: Sequence[Message], modalities: Mapping[str, Modality])
                 raise SequenceError(
                     f"message {index}: content of type {kind!r}; this model takes: {known}"
                 )
-            data = next((part[k] for k in (kind, "path", "data") if part.get(k) is not None), None)
+            keys = (kind, "path", "url", "data")
+            data = next((part[key] for key in keys if part.get(key) is not None), None)
             if data is None:
                 raise SequenceError(
-                    f"message {index}: {kind} content without {kind!r}, 'path' or 'data'"
+                    f"message {index}: {kind} content without {kind!r}, 'path', 'url' or 'data'"
                 )
             target = message.get("role") == "assistant"
             again = target and index + 1 < len(messages)

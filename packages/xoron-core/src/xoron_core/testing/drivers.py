@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xoron_core.components import Features
+from xoron_core.components import Autoencoder, Codec, Features
 from xoron_core.testing.outcome import CheckSkipped
 from xoron_core.testing.subject import FEATURES, HIDDEN, Batch, Item, Subject
 from xoron_core.testing.tensors import Named, named, noise, rng, weighted
@@ -179,8 +179,10 @@ class LossDriver(Driver):
 
     @property
     def read(self) -> list[Subject]:
-        """The components whose outputs it is offered."""
-        return [*self.subject.siblings("codec"), *self.subject.siblings("autoencoder")]
+        """The components whose outputs it is offered: those that have a training path."""
+        beside = [*self.subject.siblings("codec"), *self.subject.siblings("autoencoder")]
+        untrained = (Codec.forward, Autoencoder.forward)
+        return [part for part in beside if part.cls.forward not in untrained]
 
     def batch(self, items: Sequence[Item]) -> Batch:
         media = {part.slot: part.media(items) for part in self.read}
