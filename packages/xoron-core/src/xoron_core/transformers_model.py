@@ -49,6 +49,13 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
         """The backbone, or an error that names what to install."""
         raise NotImplementedError
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers, again and again: 5.17 leaves marks that make it deaf the next time."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_attn_was_changed", None)
+
     # generation through transformers
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

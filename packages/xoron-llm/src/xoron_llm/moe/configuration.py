@@ -108,7 +108,7 @@ class XoronMoeConfig(PretrainedConfig):
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str]) -> None:
-        """transformers 5.17 writes back, for tied embeddings, what it has already."""
+        """transformers 5.17 writes it back for tied embeddings, with what it has already."""
 
     @property
     def rotary_theta(self) -> float:

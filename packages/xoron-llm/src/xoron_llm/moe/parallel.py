@@ -43,7 +43,9 @@ def tensor_parallel_plan(config: XoronMoeConfig) -> dict[str, str]:
         attention[".kv_a_proj_with_mqa"] = "mla_kv_a_proj"
         columns = (query, ".kv_b_proj")
     attention |= dict.fromkeys(columns, "colwise")
-    plan = {f"layers.*.self_attn{name}": style for name, style in attention.items()}
+    # transformers 5.17 splits embeddings by itself only where they are tied, later ones always.
+    plan = {"embed_tokens": "embedding_rowwise"}
+    plan |= {f"layers.*.self_attn{name}": style for name, style in attention.items()}
     layers = [config.is_moe_layer(index) for index in range(config.num_hidden_layers)]
     blocks = [] if all(layers) else ["mlp"]
     if any(layers):
