@@ -50,19 +50,6 @@ class Step(NamedTuple):
     causal: bool
 
 
-class RingCache(NamedTuple):
-    """A process's share of the cache after a ring prefill.
-
-    Attributes:
-        keys, values: (B, G, n, d).
-        positions: (n,) int64, their places in the sequence.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-
-
 def plan(length: int, *, rank: int, world_size: int, causal: bool = True) -> list[Step]:
     """The steps of one process, own keys first, then those of rank - 1, rank - 2 and so on.
 
@@ -121,22 +108,6 @@ def ring_attention(
         )
     result: Tensor = _RingAttention.apply(q, k, v, group, causal, scale)
     return result
-
-
-def local_cache(k: Tensor, v: Tensor, *, group: Group = None) -> RingCache:
-    """This process's keys and values (B, G, n, d) with their places in the sequence."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    length = k.shape[2] * world
-    return RingCache(k, v, zigzag.positions(length, rank=rank, world_size=world, device=k.device))
-
-
-def gather_cache(k: Tensor, v: Tensor, *, group: Group = None) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, G, N, d) of the whole sequence in its order, on every process.
-
-    They go into any cache (`cache.update(keys, values, layer)`) and decoding continues locally.
-    """
-    keys, values = gather(torch.stack((k, v)), dim=3, group=group)
-    return keys, values
 
 
 @torch.no_grad()
