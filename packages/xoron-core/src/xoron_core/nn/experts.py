@@ -73,6 +73,8 @@ def run_experts(
 
 
 def _kernel(experts: nn.ModuleList, tokens: Tensor, wanted: Kernel | None) -> Kernel:
+    if wanted == "slices" or (wanted is None and not tokens.is_cuda):
+        return "slices"  # before every layer is looked at: this runs for each decoded token
     layers = [layer for expert in experts for layer in expert.children()]
     weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
     # Quantised and distributed weights are parameters of a class of their own; offloaded ones are
@@ -80,12 +82,12 @@ def _kernel(experts: nn.ModuleList, tokens: Tensor, wanted: Kernel | None) -> Ke
     plain = len(weights) == len(layers) and all(
         type(weight) is nn.Parameter and weight.device == tokens.device for weight in weights
     )
-    if wanted == "slices" or not plain:
+    if not plain:
         return "slices"
     size = weights[0].element_size()
     if any(side * size % 16 for side in weights[0].shape):
         return "slices"
-    return wanted or ("grouped" if tokens.is_cuda and size == 2 else "slices")
+    return wanted or ("grouped" if size == 2 else "slices")
 
 
 def _all_masked(
