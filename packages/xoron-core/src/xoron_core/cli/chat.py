@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xoron_core.cli.session import check_limit, open_session
+from xoron_core.cli.session import (
+    Draft,
+    Folder,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    check_limit,
+    open_session,
+)
 from xoron_core.errors import UsageError, XoronError, did_you_mean
 
 if TYPE_CHECKING:
@@ -33,31 +45,24 @@ COMMANDS = {
 
 
 def chat(
-    folder: Annotated[Path, typer.Argument(help="A model folder.")],
-    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    folder: Folder,
+    system: System = None,
     show_reasoning: Annotated[
         bool, typer.Option("--show-reasoning", help="Show reasoning blocks, too.")
     ] = False,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Limit per answer.")
     ] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
-    top_k: Annotated[int, typer.Option("--top-k", help="Keep the k best; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Keep this probability mass.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option("--min-p", help="Keep what has this share of the best probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float,
-        typer.Option("--repetition-penalty", help="Above 1 avoids what stands there already."),
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="For sampling.")] = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="A string that ends an answer.")
     ] = None,
-    draft: Annotated[
-        Path | None, typer.Option("--draft", help="A smaller model's folder that drafts text.")
-    ] = None,
+    draft: Draft = None,
 ) -> None:
     """Talk to a model; /help lists what can be typed beside messages.
 

@@ -4,40 +4,44 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xoron_core.cli.session import check_limit, open_session
+from xoron_core.cli.session import (
+    Draft,
+    Folder,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    check_limit,
+    open_session,
+)
 
 if TYPE_CHECKING:
     from xoron_core.events import Finished
 
 
 def generate(
-    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    folder: Folder,
     prompt: Annotated[str, typer.Argument(help="What the user says; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Limit.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Keep the k best; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Keep this probability mass.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option("--min-p", help="Keep what has this share of the best probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float,
-        typer.Option("--repetition-penalty", help="Above 1 avoids what stands there already."),
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="For sampling.")] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A string that ends it.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    system: System = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as text, without the chat template.")
     ] = False,
-    draft: Annotated[
-        Path | None, typer.Option("--draft", help="A smaller model's folder that drafts text.")
-    ] = None,
+    draft: Draft = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, with the answer's confidence.")
     ] = False,
