@@ -1,8 +1,9 @@
-"""What the tests of the workspace share: the root folder and the members' own metadata."""
+"""What the tests share: the members' own metadata, the toy plug-in, a lively text model."""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,24 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.distributions import toy_installed
+from tests.lively import lively
+from xoron_core.session import Session
+
+
+@pytest.fixture
+def toy() -> Iterator[None]:
+    """The toy distribution, discovered on the path as an installed one is."""
+    with toy_installed():
+        yield
+
+
+@pytest.fixture(scope="module")
+def loud() -> tuple[Any, Any, Session]:
+    """A lively text model, its processor and a session of both."""
+    model, processor = lively()
+    return model, processor, Session(model, processor)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,14 @@ import importlib
 import json
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from xoron_core import plugins
 
 GOOD = """
 from xoron_core.descriptors import Component
@@ -21,6 +27,19 @@ def xoron_components():
     return [Component(kind="encoder", name="NAME", modality="NAME", factory="x:X", config="x:C",
                       summary="An encoder.")]
 """
+
+
+TOY = Path(__file__).parent / "toy"
+
+
+@contextmanager
+def toy_installed() -> Iterator[None]:
+    """The toy plug-in, discovered on the path as an installed one is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOY))
+        plugins.registry.cache_clear()
+        yield
+    plugins.registry.cache_clear()
 
 
 def install(

@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 import xoron_core
+from tests.lively import lively
 from xoron_core.chat import Chat
 from xoron_core.cli import run
 from xoron_core.cli.chat import COMMANDS, converse
@@ -24,14 +25,7 @@ from xoron_core.session import Session
 @pytest.fixture(scope="module")
 def pair():
     """A tiny model of large random weights, with reasoning markers in its token space."""
-    options = ["backbone.num_layers=2", "backbone.tie_word_embeddings=false",
-               "tokens.groups=[control,conversation,reasoning]"]  # fmt: skip
-    model, processor = xoron_core.compose(preset="tiny", overrides=options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and "router" not in name:
-                parameter.mul_(0.16 / parameter.std())
-    return model, processor
+    return lively("tokens.groups=[control,conversation,reasoning]")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import xoron_core
-from tests.distributions import install
+from tests.distributions import install, toy_installed
 from xoron_core import plugins
 from xoron_core.cli import run
 from xoron_core.components import Features
@@ -50,22 +50,10 @@ def site(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A model folder with a toy modality, written once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOY))
-        plugins.registry.cache_clear()
+    with toy_installed():
         path = tmp_path_factory.mktemp("doctor") / "m"
         xoron_core.save(*xoron_core.compose(COMPOSITION), path)
-    plugins.registry.cache_clear()
     return path
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOY))
-    plugins.registry.cache_clear()
-    yield
-    monkeypatch.undo()
-    plugins.registry.cache_clear()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import xoron_core
-from xoron_core import plugins
+from tests.distributions import toy_installed
 from xoron_core.prefix import PrefixCache
 from xoron_core.sampling import Sampling
 from xoron_core.session import Session
@@ -26,11 +26,8 @@ FUSION = {"use": "cross-attention", "num_layers": 2, "num_heads": 4, "head_dim":
 @pytest.fixture(scope="module", autouse=True)
 def toy():
     """The toy distribution, discovered on the path as an installed one is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOY))
-        plugins.registry.cache_clear()
+    with toy_installed():
         yield
-    plugins.registry.cache_clear()
 
 
 def composition(fusion=FUSION, backbone=BACKBONE, **more):

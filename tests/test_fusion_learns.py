@@ -13,20 +13,12 @@ import pytest
 import torch
 
 import xoron_core
-from xoron_core import plugins
 
 TOY = Path(__file__).parent / "toy"
 ANSWERS = "abcd"
 
 
-@pytest.fixture(autouse=True)
-def toy(monkeypatch):
-    """The toy distribution, discovered on the path as an installed one is."""
-    monkeypatch.syspath_prepend(str(TOY))
-    plugins.registry.cache_clear()
-    yield
-    monkeypatch.undo()
-    plugins.registry.cache_clear()
+pytestmark = pytest.mark.usefixtures("toy")
 
 
 def compose(fusion):

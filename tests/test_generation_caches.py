@@ -6,30 +6,12 @@ import torch
 from transformers import StaticCache
 
 import xoron_core
+from tests.lively import ids_of
 from xoron_core.caches import CacheOptions, Lane, decode_step
 from xoron_core.errors import CompositionError, ConfigError, SequenceError
 from xoron_core.prefix import PrefixCache
 from xoron_core.sampling import Sampling
 from xoron_core.session import Session
-
-
-@pytest.fixture(scope="module")
-def loud():
-    """A tiny model of large random weights: what it says depends on all that was said, does not
-    repeat itself and is no near tie. (Tied small weights only echo the last id.)"""
-    options = ["backbone.num_layers=2", "backbone.tie_word_embeddings=false"]
-    model, processor = xoron_core.compose(preset="tiny", overrides=options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and "router" not in name:
-                parameter.mul_(0.16 / parameter.std())
-    return model, processor, Session(model, processor)
-
-
-def ids_of(model, processor, text):
-    ids = [processor.tokenizer.bos_token_id, *processor.encode_text(text)]
-    return torch.tensor([ids])
-
 
 TALKS = [[{"role": "user", "content": t}] for t in ("a", "a longer question, really", "ok?")]
 

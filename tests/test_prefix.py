@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import xoron_core
-from xoron_core import plugins
 from xoron_core.errors import ConfigError
 from xoron_core.events import TokenInfo
 from xoron_core.prefix import PrefixCache
@@ -174,16 +173,6 @@ def test_it_serves_one_model_and_growing_caches_only(pair):
     for options in ({"cache": "static"}, {"window": 9}):
         with pytest.raises(ConfigError, match="a prefix cache needs cache='dynamic'"):
             Session(model, processor, **options).stream("x", prefix=prefix)
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    """A composed model that hears signals, through an encoder or a codec."""
-    monkeypatch.syspath_prepend(str(TOY))
-    plugins.registry.cache_clear()
-    yield
-    monkeypatch.undo()
-    plugins.registry.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["encoder", "codec"])

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from xoron_core import plugins, scaffold
+from tests.distributions import toy_installed
+from xoron_core import scaffold
 from xoron_core.cli import run
 from xoron_core.descriptors import KINDS
 from xoron_core.errors import FolderError, UsageError
@@ -128,12 +129,9 @@ def test_what_is_written_goes_in_and_out_of_a_text_model(site):
     assert process(site, "-c", IN_AND_OUT).split() == ["1", "64"] * 2
 
 
-def test_a_modality_of_another_plugin_is_used_and_not_declared_again(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(TOY))
-    plugins.registry.cache_clear()
-    package = write("xoron-other", ["encoder"], tmp_path / "src", "signal")
-    monkeypatch.undo()
-    plugins.registry.cache_clear()
+def test_a_modality_of_another_plugin_is_used_and_not_declared_again(tmp_path):
+    with toy_installed():
+        package = write("xoron-other", ["encoder"], tmp_path / "src", "signal")
     source = (package / "src/xoron_other/plugin.py").read_text()
     project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
     assert "Modality(" not in source

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import xoron_core
+from tests.lively import lively
 from xoron_core.errors import ConfigError, TokenSpaceError
 from xoron_core.events import Finished
 from xoron_core.prefix import PrefixCache
@@ -18,19 +18,6 @@ from xoron_core.speculative import accept_row
 
 WORDS = ("a", "a longer question, really", "ok?", "x = [")
 TALKS = [[{"role": "user", "content": text}] for text in WORDS]
-
-
-def lively(*options, seed=0):
-    """A tiny model of large random weights, so that what it says depends on all that was said."""
-    overrides = ["backbone.num_layers=2", "backbone.tie_word_embeddings=false", *options]
-    model, processor = xoron_core.compose(
-        plugins="llm", preset="tiny", overrides=overrides, seed=seed
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and "router" not in name:
-                parameter.mul_(0.16 / parameter.std())
-    return model, processor
 
 
 @pytest.fixture(scope="module")

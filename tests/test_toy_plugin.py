@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import xoron_core
-from xoron_core import plugins
 from xoron_core.errors import PluginError, SequenceError
 from xoron_core.events import Finished, MediaOut
 from xoron_core.media import embed, write_codes
@@ -30,16 +29,6 @@ TEXT = {
     "backbone": {"use": "xoron-moe", "preset": "tiny", "num_layers": 2},
     "tokens": {"groups": ["control", "conversation"]},
 }
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    """The toy distribution, discovered on the path as an installed one is."""
-    monkeypatch.syspath_prepend(str(TOY))
-    plugins.registry.cache_clear()
-    yield
-    monkeypatch.undo()
-    plugins.registry.cache_clear()
 
 
 @pytest.fixture
