@@ -1,0 +1,36 @@
+"""A conversation to learn from or be judged on: messages with their media. Light: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+TRAIN = "train"
+HELD_OUT = "held-out"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation.
+
+    Attributes:
+        name: what it is reported under.
+        messages: Hugging Face chat messages; a medium is whatever its modality loads (a path,
+            bytes, an array). What the assistant says is what is learned, or expected.
+        kind: of question, for scores by kind; may be empty.
+    """
+
+    name: str
+    messages: Sequence[dict[str, Any]]
+    kind: str = ""
+
+
+class Conversations(Protocol):
+    """One split of a data set: its conversations by index, the same for the same index."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int) -> Conversation:
+        """One of them, made or read when it is asked for."""
