@@ -24,6 +24,13 @@ def toy() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The Hub cannot be reached, and nothing of it is cached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def loud() -> tuple[Any, Any, Session]:
     """A lively text model, its processor and a session of both."""

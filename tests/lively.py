@@ -23,11 +23,16 @@ def lively(*options: str, seed: int = 0) -> tuple[Any, Any]:
     model, processor = xoron_core.compose(
         plugins="llm", preset="tiny", overrides=overrides, seed=seed
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and "router" not in name:
-                parameter.mul_(0.16 / parameter.std())
+    enliven(model)
     return model, processor
+
+
+@torch.no_grad()
+def enliven(model: torch.nn.Module) -> None:
+    """Gives every matrix of a model the same large spread, in place."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and "router" not in name:
+            parameter.mul_(0.16 / parameter.std())
 
 
 def ids_of(model: Any, processor: Any, text: str) -> torch.Tensor:

@@ -17,6 +17,8 @@ _LAZY = {
     "load": "xoron_core.api",
     "save": "xoron_core.api",
     "load_slot": "xoron_core.folder",
+    "save_delta": "xoron_core.deltas",
+    "load_delta": "xoron_core.delta_loading",
     "registry": "xoron_core.plugins",
     "Session": "xoron_core.session",
     "Sampling": "xoron_core.sampling",
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from xoron_core.chat import Chat
     from xoron_core.confidence import calibration
     from xoron_core.configuration import XoronConfig
+    from xoron_core.delta_loading import load_delta
+    from xoron_core.deltas import save_delta
     from xoron_core.folder import load_slot
     from xoron_core.model import XoronModel, XoronMultimodalModel
     from xoron_core.plugins import registry
@@ -65,6 +69,8 @@ __all__ = [
     "load",
     "save",
     "load_slot",
+    "save_delta",
+    "load_delta",
     "registry",
     "Session",
     "Sampling",

@@ -5,6 +5,8 @@ Only our own packages stand here: a third party's plug-in cannot be known before
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _PACKAGES = ("core", "llm", "vision", "video", "audio", "gen", "train", "synth", "export")
 _COMPONENTS = {
     "backbone/xoron-moe": "xoron-llm",
@@ -22,6 +24,9 @@ _COMPONENTS = {
     "projector/perceiver-mlp": "xoron-vision",
     "codec/titok-fsq": "xoron-vision",
     "autoencoder/kl-image": "xoron-vision",
+    "autoencoder/diffusers-image": "xoron-vision",
+    "loss/perceptual": "xoron-vision",
+    "loss/patch-gan": "xoron-vision",
     "autoencoder/vidtok": "xoron-video",
     "codec/rvq-audio": "xoron-audio",
     "generator/moe-dit": "xoron-gen",
@@ -33,6 +38,7 @@ _SLOTS = {
     "image.encoder": "xoron-vision",
     "image.projector": "xoron-vision",
     "image.codec": "xoron-vision",
+    "image.autoencoder": "xoron-vision",
     "image.generator": "xoron-gen",
     "video.encoder": "xoron-video",
     "video.generator": "xoron-gen",
@@ -55,6 +61,13 @@ def install_component(key: str) -> str | None:
 def install_slot(slot: str) -> str | None:
     """Returns the package that usually fills a slot."""
     return _SLOTS.get(slot)
+
+
+def empty_slot(slot: str, filled: Iterable[str]) -> str:
+    """Says that a model has nothing in a slot, what it has, and what to install."""
+    package = install_slot(slot)
+    install = f"; run: pip install {package}, then compose it in" if package else ""
+    return f"this model has nothing in slot {slot!r} (it has: {', '.join(filled)}){install}"
 
 
 def install_command(name: str) -> str | None:

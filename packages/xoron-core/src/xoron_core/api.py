@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +10,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from xoron_core.components import Part
-from xoron_core.composer.composition import Composition, read_composition
-from xoron_core.composer.parts import build_tokenizer_part, slot_seed
+from xoron_core.composer.composition import Composition, load_factory, read_composition
+from xoron_core.composer.parts import build_tokenizer_part, slot_seed, typed_config
 from xoron_core.composer.planner import Plan, plan
 from xoron_core.configuration import XoronConfig
+from xoron_core.delta_loading import open_with_deltas
 from xoron_core.folder import write_model
 from xoron_core.model import XoronModel
+from xoron_core.origins import record_composed
 from xoron_core.plugins import Registry, registry
 from xoron_core.processor import XoronProcessor
 from xoron_core.storage import atomic_folder
@@ -58,16 +60,30 @@ def compose(
     return build(plan(composition, chosen), chosen, seed=seed)
 
 
-def build(planned: Plan, chosen: Registry, *, seed: int = 0) -> tuple[XoronModel, XoronProcessor]:
-    """Builds what was planned, with weights."""
+def build(
+    planned: Plan, chosen: Registry, *, seed: int = 0, without_source: Container[str] = ()
+) -> tuple[XoronModel, XoronProcessor]:
+    """Builds what was planned, with weights.
+
+    Args:
+        planned: the composition and its token space.
+        chosen: the plug-ins to build from.
+        seed: for initialisation.
+        without_source: slots whose pretrained weights are not loaded, because others follow.
+    """
+    for name, record in planned.composition.slots.items():
+        if record.ref is None and record.kind != "tokenizer" and name not in without_source:
+            part_class = load_factory(chosen, chosen.component(record.kind, record.use))
+            part_class.find_source(typed_config(chosen, record))
+    tokenizer = make_tokenizer(planned.composition, planned.space, chosen)
     config = XoronConfig(composition=planned.composition.data())
     model = XoronModel(config, planned.space, registry=chosen, seed=seed)
     for slot in planned.composition.slots:
         part = model.slots.get(slot)
-        if isinstance(part, Part):
+        if isinstance(part, Part) and slot not in without_source:
             generator = torch.Generator().manual_seed(slot_seed(seed, f"{slot}/new-rows"))
             part.load_source_weights(generator)
-    tokenizer = make_tokenizer(planned.composition, planned.space, chosen)
+    record_composed(config, planned.composition, but=without_source)
     set_control_tokens(model, tokenizer)
     processor = XoronProcessor(
         planned.composition, tokenizer=tokenizer, space=planned.space, registry=chosen
@@ -75,16 +91,21 @@ def build(planned: Plan, chosen: Registry, *, seed: int = 0) -> tuple[XoronModel
     return model.eval(), processor
 
 
-def load(folder: str | Path, **kwargs: Any) -> tuple[XoronModel, XoronProcessor]:
+def load(
+    folder: str | Path, *, deltas: Iterable[str | Path] = (), **kwargs: Any
+) -> tuple[XoronModel, XoronProcessor]:
     """Opens a model folder.
 
     Args:
         folder: as `save` or `xoron compose -o` wrote it.
+        deltas: folders as `save_delta` wrote them, to put over it in this order.
         **kwargs: for transformers' `from_pretrained`, e.g. `dtype` or `device_map`.
 
     Raises:
-        FolderError, TokenSpaceError, PluginError: with what is wrong and the fix.
+        XoronError: with what is wrong and the fix; of deltas see `load_delta`.
     """
+    if deltas := list(deltas):
+        return open_with_deltas(folder, deltas, **kwargs)
     model = XoronModel.from_pretrained(folder, **kwargs)
     return model.eval(), XoronProcessor.from_pretrained(folder)
 
@@ -110,7 +131,10 @@ def make_tokenizer(
             return build_tokenizer(cast(TokenSpace, space), base, control="base")
         tokenizer = build_tokenizer(cast(TokenSpace, space), base)
         placeholders = composition.tokens.placeholders
-        return apply_chat_template_to_tokenizer(tokenizer, placeholders=placeholders)
+        markers = composition.tokens.markers
+        return apply_chat_template_to_tokenizer(
+            tokenizer, placeholders=placeholders, markers=markers
+        )
     return None
 
 

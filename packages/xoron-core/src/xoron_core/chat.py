@@ -31,6 +31,7 @@ class Chat:
 
     Attributes:
         messages: what was said, without the system message.
+        attached: media that go before the text of the next message.
         prefix: the cache between turns, with its counts.
     """
 
@@ -49,18 +50,23 @@ class Chat:
         self.show_reasoning = show_reasoning
         self.options = options
         self.messages: list[dict[str, Any]] = []
+        self.attached: list[dict[str, Any]] = []
         self.prefix = PrefixCache()
 
     def say(self, content: str | list[dict[str, Any]]) -> Iterator[Event]:
         """Takes what the user says; gives the answer, event by event.
 
         The turn enters the history when the answer ends. If the reader stops early, what was
-        answered until then is the answer; if nothing was, the turn has not been.
+        answered until then is the answer; if nothing was, the turn has not been, and what was
+        attached waits for the next one.
 
         Raises:
             SequenceError, PluginError: if the model does not take this content; the history is
                 then as it was.
         """
+        if self.attached:
+            text = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            content = [*self.attached, *text]
         turn: dict[str, Any] = {"role": "user", "content": content}
         said: list[str] = []
         finished = False
@@ -82,6 +88,19 @@ class Chat:
             if finished or said:
                 answer = "".join(said).removesuffix("\n")
                 self.messages += [turn, {"role": "assistant", "content": answer}]
+                self.attached = []
+
+    def attach(self, part: dict[str, Any]) -> None:
+        """Adds a medium to the next message.
+
+        Args:
+            part: as it stands in a message's content, e.g. `{"type": "image", "path": "cat.png"}`.
+
+        Raises:
+            DataError, PluginError, SequenceError: if the model cannot be shown it.
+        """
+        self.session.processor.plan([{"role": "user", "content": [part]}])
+        self.attached.append(part)
 
     def history(self) -> list[dict[str, Any]]:
         """All messages, the system message first."""
@@ -89,8 +108,8 @@ class Chat:
         return [*head, *self.messages]
 
     def reset(self) -> None:
-        """Forgets what was said; the system message stays."""
-        self.messages = []
+        """Forgets what was said and attached; the system message stays."""
+        self.messages, self.attached = [], []
 
     def save(self, path: str | Path) -> None:
         """Writes the history as JSON: a list of Hugging Face chat messages.

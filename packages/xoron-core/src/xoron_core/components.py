@@ -72,6 +72,17 @@ class Part(nn.Module):
         """A smallest valid batch, without randomness, for ranks that lack this modality."""
         raise NotImplementedError(f"{type(self).__name__} declares no dummy_batch")
 
+    @classmethod
+    def find_source(cls, config: Any) -> None:
+        """Makes sure that what `load_source_weights` will read is there.
+
+        Compose calls it before any weights are allocated, so that a missing checkpoint is told at
+        once.
+
+        Raises:
+            FolderError: if it is not.
+        """
+
     def load_source_weights(self, generator: torch.Generator) -> None:
         """Loads pretrained weights that the config names; called once, by compose.
 
@@ -102,8 +113,17 @@ class Part(nn.Module):
         """What is left when the stream ends; all pieces joined equal the whole at once."""
         raise NotImplementedError(f"{type(self).__name__} does not stream")
 
-    def aux_losses(self) -> dict[str, LossTerm]:
-        """Losses of the last `forward` that the component itself defines."""
+    def aux_losses(self, output: Any, media: Mapping[str, Tensor]) -> dict[str, LossTerm]:
+        """A codec's or autoencoder's own losses while it trains alone.
+
+        Args:
+            output: what its `forward` gave in training mode for these media.
+            media: collated tensors.
+        """
+        return {}
+
+    def aux_counts(self, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The counts that `aux_losses` will return for these media, before any forward."""
         return {}
 
     def after_optimizer_step(self, stats: Mapping[str, Tensor]) -> None:
@@ -272,7 +292,7 @@ class Codec(Part):
 class Autoencoder(Part):
     """Media to continuous latents and back."""
 
-    entry_methods = ("encode", "decode")
+    entry_methods: tuple[str, ...] = ("encode", "decode")
 
     @abstractmethod
     def encode(self, **media: Tensor) -> Tensor:

@@ -9,7 +9,8 @@
     xoron.lock.json                versions of what it was composed with
     README.md                      model card
 
-Nothing is called `model.safetensors`: transformers would prefer it to the index.
+Losses have no files: their parameters are of training only, and start anew in a model that is
+opened. Nothing is called `model.safetensors`: transformers would prefer it to the index.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from xoron_core import __version__, card
+from xoron_core.components import Loss, Part
 from xoron_core.composer.composition import Composition
 from xoron_core.composer.parts import build_part
 from xoron_core.configuration import XoronConfig
@@ -32,7 +34,14 @@ from xoron_core.errors import FolderError, PluginError, TokenSpaceError
 from xoron_core.nn.memory import align_weights
 from xoron_core.plugins import Registry
 from xoron_core.plugins import registry as installed
-from xoron_core.storage import atomic_folder, check_tensors, read_tensors, recover, write_tensors
+from xoron_core.storage import (
+    atomic_folder,
+    check_tensors,
+    link,
+    read_tensors,
+    recover,
+    write_tensors,
+)
 from xoron_core.tokens.space import TokenSpace
 
 if TYPE_CHECKING:
@@ -79,14 +88,27 @@ def write_model(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    unchanged: Mapping[str, Path] | None = None,
 ) -> None:
-    """Writes the model's files into an existing folder, without the swap of `save_model`."""
+    """Writes the model's files into an existing folder, without the swap of `save_model`.
+
+    Args:
+        model, state_dict, max_shard_bytes: as for `save_model`.
+        folder: where to write.
+        unchanged: slot to a model folder that holds it as it is now and is never written to; its
+            files are linked instead of written again.
+    """
     state = dict(state_dict if state_dict is not None else model.state_dict())
+    of_training = tuple(_prefix(slot) for slot in model.composition.of_kind("loss"))
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(of_training)}
     for tied in model.all_tied_weights_keys:
         state.pop(tied, None)
     index: dict[str, str] = {}
     (folder / "slots").mkdir(exist_ok=True)
     for slot, tensors in _by_slot(state, model.composition).items():
+        if linked := _link_slot((unchanged or {}).get(slot), folder, tensors):
+            index.update(linked)
+            continue
         for number, shard in enumerate(_shards(tensors, max_shard_bytes), start=1):
             name = f"slots/{slot}-{number:05d}.safetensors"
             write_tensors(folder / name, shard, {"slot": slot})
@@ -188,9 +210,7 @@ def check_files(folder: str | Path) -> dict[str, str]:
 def open_model(from_pretrained: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs transformers' `from_pretrained` on a folder, with the checks it does not make."""
     wants_info = kwargs.pop("output_loading_info", False)
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = _download(str(path), kwargs)
+    folder = local_folder(path, kwargs)
     config, composition = read_config(folder)
     kwargs.setdefault("config", config)
     if isinstance(kwargs["config"], XoronConfig) and "space" not in kwargs:
@@ -207,10 +227,11 @@ def open_model(from_pretrained: Callable[..., Any], path: Any, *args: Any, **kwa
             f" of another shape: {_some(sorted(map(str, info.get('mismatched_keys') or ())))}."
             " Copy the folder again, or load it with the package versions in its xoron.lock.json"
         )
+    _build_losses(model, kwargs.get("registry"))
     align_weights(model)
-    for slot, record in composition.slots.items():
-        if record.freeze and record.ref is None and record.kind != "tokenizer":
-            model.part(slot).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name in model.frozen:  # transformers puts a trainable one in its place
+            parameter.requires_grad_(False)
     return (model, info) if wants_info else model
 
 
@@ -223,14 +244,15 @@ def load_slot(folder: str | Path, slot: str, *, registry: Registry | None = None
     """
     config, composition = read_config(folder)
     record = composition.slots.get(slot)
-    if record is None or record.kind == "tokenizer":
-        names = [n for n, s in composition.slots.items() if s.kind != "tokenizer"]
+    unsaved = ("tokenizer", "loss")
+    if record is None or record.kind in unsaved:
+        names = [n for n, s in composition.slots.items() if s.kind not in unsaved]
         raise FolderError(f"{folder}: has no slot {slot!r}; it has: {', '.join(names)}")
     if record.ref is not None:
         slot, record = record.ref, composition.slots[record.ref]
     index = check_files(folder)
     space = read_space(folder, config.token_space_hash)
-    prefix = f"slots.{slot.replace('.', '__')}."
+    prefix = _prefix(slot)
     files = sorted({file for name, file in index.items() if name.startswith(prefix)})
     state: dict[str, Tensor] = {}
     for file in files:
@@ -248,6 +270,26 @@ def load_slot(folder: str | Path, slot: str, *, registry: Registry | None = None
             f" unexpected: {_some(unexpected)}"
         )
     return part
+
+
+def _build_losses(model: XoronModel, registry: Registry | None) -> None:
+    """Initialises the parts of losses, which a folder has no weights of."""
+    for slot, part in model.parts(Loss).items():
+        record = model.composition.slots[slot]
+        fresh = build_part(
+            registry or installed(),
+            slot,
+            record,
+            space=model.space,
+            parts=model.parts(Part),
+            seed=0,
+        )
+        part.load_state_dict(fresh.state_dict())
+        part.reset_buffers()
+
+
+def _prefix(slot: str) -> str:
+    return f"slots.{slot.replace('.', '__')}."
 
 
 def _same(part: nn.Module, name: str, other: str) -> bool:
@@ -268,6 +310,16 @@ def _check_plugins(composition: Composition, registry: Registry | None) -> None:
                 f" which is not installed; run: pip install {slot.distribution}"
             )
         registry.component(slot.kind, slot.use)  # raises with the plug-in's state
+
+
+def local_folder(path: str | Path, kwargs: Mapping[str, Any]) -> Path:
+    """The folder at a path, or a fetched one of that name on the Hub.
+
+    Raises:
+        FolderError: if there is neither.
+    """
+    folder = Path(path)
+    return folder if folder.is_dir() else _download(str(path), kwargs)
 
 
 def _download(name: str, kwargs: Mapping[str, Any]) -> Path:
@@ -292,6 +344,20 @@ def _by_slot(state: Mapping[str, Tensor], composition: Composition) -> dict[str,
         _, module, _ = name.split(".", 2)
         grouped.setdefault(names[module], {})[name] = tensor
     return grouped
+
+
+def _link_slot(source: Path | None, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Links the files that hold these tensors and returns their part of the index, or nothing."""
+    if source is None or not (source / INDEX).exists():
+        return {}
+    weight_map = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    found = {name: weight_map[name] for name in tensors if name in weight_map}
+    files = set(found.values())
+    if len(found) != len(tensors) or not all((source / file).exists() for file in files):
+        return {}
+    for file in files:
+        link(source / file, folder / file)
+    return found
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

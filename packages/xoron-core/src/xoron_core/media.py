@@ -30,6 +30,8 @@ from xoron_core.components import (
     Projector,
 )
 from xoron_core.composer.parts import slot_seed
+from xoron_core.errors import SequenceError
+from xoron_core.placeholders import check_filled
 
 if TYPE_CHECKING:
     from xoron_core.model import XoronModel
@@ -86,6 +88,8 @@ def embed(
             queries = generator.queries().expand(len(places), -1, -1)
             mask = queries.new_ones(queries.shape[:2], dtype=torch.bool)
             embeds = fill.inject(embeds, places, Features(queries, mask), slot)
+    if media and input_ids is not None:
+        check_filled(model, media, input_ids=input_ids)
     return Embedded(embeds, labels, spans)
 
 
@@ -133,12 +137,17 @@ def generator_losses(
 
 def train_alone(model: XoronModel, media: Media) -> dict[str, Any]:
     """Runs codecs and autoencoders on media that stand in no sequence: their own training."""
-    outputs: dict[str, Any] = {}
+    return {slot: part(**tensors) for slot, (part, tensors) in alone(model, media).items()}
+
+
+def alone(model: XoronModel, media: Media) -> dict[str, tuple[Any, dict[str, Tensor]]]:
+    """Codecs and autoencoders with the media that stand in no sequence, by slot."""
+    found = {}
     for slot, part in model.parts((Codec, Autoencoder)).items():
         spans, tensors = fill.split_spans(media.get(slot, {}))
         if tensors and spans is None:
-            outputs[slot] = part(**tensors)
-    return outputs
+            found[slot] = (part, tensors)
+    return found
 
 
 def trainable(part: nn.Module) -> bool:
@@ -151,17 +160,26 @@ def _project(model: XoronModel, media: Media, embeds: Tensor) -> tuple[Tensor, T
     places: list[Tensor] = []
     for slot, encoder in model.parts(Encoder).items():
         projector = model.slots.get(slot.rpartition(".")[0] + ".projector")
-        if not isinstance(projector, Projector):
-            continue
         spans, tensors = fill.split_spans(media.get(slot, {}))
+        if not isinstance(projector, Projector):
+            _refuse_media(slot, tensors, "no projector puts its features into the sequence")
+            continue
         if spans is not None:
             counts = {key: media[slot][key] for key in (fill.COUNTS,) if key in media[slot]}
             tokens: Features = projector(encoder(**tensors), **counts)
             embeds = fill.inject(embeds, spans, tokens, slot)
             places.append(spans)
+        elif tensors:
+            _refuse_media(slot, tensors, "no spans say where they stand in the sequence")
         elif model.training and (trainable(encoder) or trainable(projector)):
             embeds = embeds + 0.0 * projector(encoder(**_dummy(encoder, embeds))).values.sum()
     return embeds, torch.cat(places) if places else None
+
+
+def _refuse_media(slot: str, tensors: Mapping[str, Tensor], why: str) -> None:
+    """Media that nothing reads are an error, never left out."""
+    if tensors:
+        raise SequenceError(f"media were given for {slot!r}, but {why}; see xoron_core.fill")
 
 
 def _dummy(part: Part, like: Tensor) -> dict[str, Tensor]:

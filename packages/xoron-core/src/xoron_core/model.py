@@ -29,14 +29,15 @@ from xoron_core.components import (
 )
 from xoron_core.composer.composition import Composition
 from xoron_core.composer.parts import build_parts
-from xoron_core.composer.space import allocate_space
+from xoron_core.composer.space import allocate_space, used_modalities
 from xoron_core.configuration import XoronConfig
 from xoron_core.encode import encode
 from xoron_core.errors import CompositionError, PluginError, TokenSpaceError
-from xoron_core.media import embed, generator_losses, train_alone
+from xoron_core.media import alone, embed, generator_losses, train_alone
 from xoron_core.modality_groups import group_names
 from xoron_core.nn import context_parallel
 from xoron_core.outputs import XoronOutput
+from xoron_core.placeholders import with_images
 from xoron_core.plugins import Registry
 from xoron_core.plugins import registry as installed
 from xoron_core.tokens.space import TokenSpace
@@ -99,6 +100,7 @@ class XoronModel(TransformersModel):
         own = {name: part for name, part in parts.items() if composition.slots[name].ref is None}
         self.space = space
         self.composition = composition
+        self.modalities = used_modalities(composition, registry)
         self.slots = Slots(own)
         self._aliases = {n: s.ref for n, s in composition.slots.items() if s.ref is not None}
         config.composition = composition.data()
@@ -132,12 +134,7 @@ class XoronModel(TransformersModel):
         """
         found = self.slots.get(self._aliases.get(slot, slot))
         if found is None:
-            package = advice.install_slot(slot)
-            install = f"; run: pip install {package}, then compose it in" if package else ""
-            filled = ", ".join(self.composition.slots)
-            raise PluginError(
-                f"this model has nothing in slot {slot!r} (it has: {filled}){install}"
-            )
+            raise PluginError(advice.empty_slot(slot, self.composition.slots))
         return found
 
     def parts(self, kind: type | tuple[type, ...]) -> dict[str, Any]:
@@ -179,6 +176,7 @@ class XoronModel(TransformersModel):
         document_ids: Tensor | None = None,
         loss_weights: Tensor | None = None,
         media: Mapping[str, Mapping[str, Tensor]] | None = None,
+        images: Any = None,
         seed: int | None = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
@@ -199,12 +197,14 @@ class XoronModel(TransformersModel):
             document_ids: (B, N), 1.. per packed document, 0 padding.
             loss_weights: (B, N), weight of each label.
             media: slot to its tensors and `spans` (see `xoron_core.fill`).
+            images: the published form: (M, 3, H, W) pixel values, or a list of files or arrays, for
+                `image.encoder`, at the placeholders of `input_ids` (`xoron_core.placeholders`).
             seed: for the generators' noise; None draws one from torch's global generator.
 
         Raises:
             SequenceError: if spans and media do not agree.
         """
-        media = dict(media or {})
+        media = with_images(self, media, images=images, input_ids=input_ids)
         terms: dict[str, LossTerm] = {}
         outputs = train_alone(self, media) if self._wants_losses(labels, media) else {}
         hidden = cache = statistics = None
@@ -293,6 +293,8 @@ class XoronModel(TransformersModel):
                 counts[slot] = generator.target_count(**tensors)
         for slot, loss in self.parts(Loss).items():
             counts[slot] = loss.count(batch)
+        for slot, (part, tensors) in alone(self, media).items():
+            counts |= {f"{slot}/{k}": count for k, count in part.aux_counts(tensors).items()}
         return counts
 
     def _wants_losses(self, labels: Tensor | None, media: Mapping[str, Any]) -> bool:
@@ -300,9 +302,10 @@ class XoronModel(TransformersModel):
 
     def _slot_losses(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, LossTerm]:
         terms = {slot: loss(outputs, batch) for slot, loss in self.parts(Loss).items()}
-        for slot in outputs:
-            for name, term in self.part(slot).aux_losses().items():
-                terms[f"{slot}/{name}"] = term
+        for slot, output in outputs.items():
+            _, tensors = fill.split_spans(batch["media"][slot])
+            own = self.part(slot).aux_losses(output, tensors)
+            terms |= {f"{slot}/{name}": term for name, term in own.items()}
         return terms
 
     def _head(self, hidden: Tensor, keep: int) -> Tensor:

@@ -22,6 +22,7 @@ def xoron_commands() -> list[Command]:
         Command("inspect", "xoron_core.cli.inspect:inspect", "Show what a model folder holds."),
         Command("doctor", "xoron_core.cli.doctor:doctor", "Examine plug-ins, machine and model."),
         Command("schema", "xoron_core.cli.schema:schema", "Print a component's config schema."),
+        Command("delta", "xoron_core.cli.delta:app", "Save, apply or show trained slots."),
         Command("tokens", "xoron_core.cli.tokens:app", "Show or verify a token space."),
         Command("generate", "xoron_core.cli.generate:generate", "Generate from a prompt."),
         Command("chat", "xoron_core.cli.chat:chat", "Talk to a model in the terminal."),

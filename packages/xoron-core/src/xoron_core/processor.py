@@ -20,7 +20,7 @@ from xoron_core.composer.composition import Composition, load_factory
 from xoron_core.composer.parts import typed_config
 from xoron_core.composer.space import used_modalities
 from xoron_core.descriptors import Modality, resolve
-from xoron_core.errors import PluginError, SequenceError
+from xoron_core.errors import DataError, PluginError, SequenceError
 from xoron_core.fill import COUNTS, codec_range_names
 from xoron_core.folder import read_config, read_space
 from xoron_core.plugins import Registry
@@ -113,7 +113,7 @@ class XoronProcessor:
             space,
             messages,
             return_assistant_mask=train,
-            media=self._media_markers if placed else None,
+            media=self._media_markers,
             **template,
         )
         ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
@@ -167,7 +167,12 @@ class XoronProcessor:
     # media
 
     def load_media(self, slot: str, media: Any) -> dict[str, Any]:
-        """A path, bytes or array to the item that the component in `slot` takes."""
+        """A path, bytes or array to the item that the component in `slot` takes.
+
+        Raises:
+            PluginError: if nothing there takes media.
+            DataError: if this one cannot be loaded.
+        """
         processor = self.processors.get(slot)
         if processor is None:
             raise PluginError(
@@ -175,7 +180,12 @@ class XoronProcessor:
                 f" {', '.join(self.processors) or 'no slot'}"
             )
         modality = self.modalities[self.composition.slots[slot].modality]
-        return processor.load(resolve(modality.load)(media))
+        try:
+            loaded = resolve(modality.load)(media)
+        except (OSError, ValueError) as error:  # how a plug-in's loader meets a missing or odd file
+            name = media if isinstance(media, str | Path) else type(media).__name__
+            raise DataError(f"{name}: cannot be loaded as {modality.name} ({error})") from error
+        return processor.load(loaded)
 
     def collate_media(self, slot: str, items: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Items to the tensors that the component in `slot` takes, and `counts` if planned."""

@@ -111,11 +111,12 @@ def text_rows(space: TokenSpace) -> Tensor:
     allowed = torch.zeros(space.size, dtype=torch.bool)
     allowed[: space.text_size] = True
     for special in space:
-        if not special.alias:
-            text_group = special.group.startswith("xoron-core/")
-            allowed[special.id] = (
-                text_group and special.group not in _MEDIA_GROUPS and special.name not in _NEVER
-            )
+        text = special.group.startswith("xoron-core/") and special.group not in _MEDIA_GROUPS
+        if special.alias:
+            # A string of the base stays as free as the base has it, unless it marks media here.
+            allowed[special.id] &= text
+        else:
+            allowed[special.id] = text and special.name not in _NEVER
     return allowed
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xoron_core import advice
 from xoron_core.composer.composition import Composition
 from xoron_core.descriptors import Modality
 from xoron_core.errors import PluginError, SequenceError
@@ -92,8 +93,20 @@ def route_slot(composition: Composition, modality: str, direction: str, chosen: 
     filled = ", ".join(composition.slots)
     raise PluginError(
         f"nothing in this composition {verb} {modality} (looked for {' or '.join(kinds)}; it has:"
-        f" {filled}); compose it with {modality}.{kinds[0]}"
+        f" {filled}); compose it with {modality}.{kinds[0]}{_install(modality, kinds[0])}"
     )
+
+
+def _install(modality: str, kind: str) -> str:
+    package = advice.install_slot(f"{modality}.{kind}")
+    return f" (pip install {package})" if package else ""
+
+
+def _foreign(index: int, kind: Any, known: Sequence[str]) -> str:
+    """What to say of content that no part of the composition takes."""
+    install = _install(str(kind), "encoder")
+    fix = f"; compose it with {kind}.encoder{install}" if install else ""
+    return f"message {index}: content of type {kind!r}; this model takes: {', '.join(known)}{fix}"
 
 
 def media_parts(messages: Sequence[Message], modalities: Mapping[str, Modality]) -> list[Placed]:
@@ -111,10 +124,7 @@ def media_parts(messages: Sequence[Message], modalities: Mapping[str, Modality])
             if kind == "text":
                 continue
             if kind not in types:
-                known = ", ".join(["text", *types])
-                raise SequenceError(
-                    f"message {index}: content of type {kind!r}; this model takes: {known}"
-                )
+                raise SequenceError(_foreign(index, kind, ["text", *types]))
             keys = (kind, "path", "url", "data")
             data = next((part[key] for key in keys if part.get(key) is not None), None)
             if data is None:

@@ -83,6 +83,14 @@ def write_tensors(
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
+def link(source: Path, target: Path) -> None:
+    """Gives a file a second name, or copies it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Reads a safetensors file.
 

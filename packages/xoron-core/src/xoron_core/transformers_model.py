@@ -7,16 +7,18 @@ nothing here, or it would overwrite special initialisations.
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
 
 from xoron_core import fill
-from xoron_core.components import Backbone, Fusion, Part
+from xoron_core.components import Backbone, Fusion, Loss, Part
 from xoron_core.composer.composition import Composition
 from xoron_core.configuration import XoronConfig
 from xoron_core.errors import TokenSpaceError
+from xoron_core.placeholders import with_images
 from xoron_core.sampling import AllowedRows, text_rows
 from xoron_core.tokens.space import TokenSpace
 
@@ -27,6 +29,8 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
     Attributes:
         space: the token space, or None.
         composition: what the model is made of.
+        frozen: names of the parameters that a slot's `freeze` or its component froze when it was
+            built.
     """
 
     config_class = XoronConfig
@@ -39,6 +43,7 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
 
     space: TokenSpace | None
     composition: Composition
+    frozen: frozenset[str] = frozenset()
 
     @property
     def backbone(self) -> Backbone | None:
@@ -85,9 +90,19 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
             processors.insert(0, AllowedRows(text_rows(self.space)))
         return processors
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with rows masked that a text answer does not allow."""
+    def generate(self, *args: Any, images: Any = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, with rows masked that a text answer does not allow.
+
+        Args:
+            *args: for transformers: the input ids first.
+            images: as `forward` takes them.
+            **kwargs: for transformers.
+        """
         self.need_backbone()
+        if images is not None:
+            ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+            media, model = kwargs.get("media"), cast(Any, self)
+            kwargs["media"] = with_images(model, media, images=images, input_ids=ids)
         return super().generate(*args, **kwargs)
 
     def generate_text(self, input_ids: Tensor, max_new_tokens: int = 100, **kwargs: Any) -> Tensor:
@@ -150,7 +165,10 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
                     # as part of the whole model it is there for both.
                     self._no_split_modules.add(type(module).__name__)
                 self._keep_in_fp32_modules_strict |= set(module.keep_fp32)
+            if isinstance(module, Loss):  # of training only, so a folder has no weights of it
+                self._keys_to_ignore_on_load_missing.add(rf"^{re.escape(name)}\.")
         self.tie_weights(recompute_mapping=False)
+        self.frozen = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
 
     # folders
 

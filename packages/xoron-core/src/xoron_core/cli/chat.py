@@ -18,6 +18,8 @@ import typer
 from xoron_core.cli.session import (
     Draft,
     Folder,
+    Image,
+    Media,
     MinP,
     RepetitionPenalty,
     Seed,
@@ -26,6 +28,7 @@ from xoron_core.cli.session import (
     TopK,
     TopP,
     check_limit,
+    media_parts,
     open_session,
 )
 from xoron_core.errors import UsageError, XoronError, did_you_mean
@@ -39,6 +42,8 @@ COMMANDS = {
     "/help": "show this list",
     "/reset": "forget what was said; the system message stays",
     "/system": "/system TEXT sets the system message; alone it shows it",
+    "/image": "/image PATH shows an image with the next message; again for more",
+    "/media": "/media TYPE PATH does so with any type of medium",
     "/save": "/save FILE writes the conversation as JSON",
     "/quit": "end; so does Ctrl-D",
 }
@@ -46,6 +51,8 @@ COMMANDS = {
 
 def chat(
     folder: Folder,
+    image: Image = None,
+    media: Media = None,
     system: System = None,
     show_reasoning: Annotated[
         bool, typer.Option("--show-reasoning", help="Show reasoning blocks, too.")
@@ -66,6 +73,8 @@ def chat(
 ) -> None:
     """Talk to a model; /help lists what can be typed beside messages.
 
+    Media given as options go with the first message.
+
     Example: xoron chat out/ --system "Answer in one line." --temperature 0
     """
     from xoron_core.chat import Chat
@@ -80,7 +89,8 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    session = open_session(folder, draft)
+    parts = media_parts(image, media)
+    session = open_session(folder, draft, parts=parts)
     talk = Chat(
         session,
         system=system,
@@ -89,6 +99,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         stop=stop or (),
     )
+    talk.attached += parts
     interactive = sys.stdin.isatty()
     if interactive:
         logger.info("Type a message; /help lists commands, Ctrl-D ends.")
@@ -139,11 +150,24 @@ def command(talk: Chat, line: str) -> None:
         if rest:
             talk.system = rest
         logger.info("system: %s", talk.system or "(none)")
+    elif name in ("/image", "/media"):
+        _attach(talk, name, rest)
     elif name == "/save":
         if not rest:
             raise UsageError("/save needs a file: /save talk.json")
         talk.save(Path(rest).expanduser())
         logger.info("wrote %s", rest)
+
+
+def _attach(talk: Chat, name: str, rest: str) -> None:
+    """Obeys /image and /media."""
+    kind, _, path = ("image", "", rest) if name == "/image" else rest.partition(" ")
+    path = path.strip()
+    if not path:
+        example = "/image cat.png" if name == "/image" else "/media image cat.png"
+        raise UsageError(f"{name} lacks something: {example}")
+    talk.attach({"type": kind, "path": str(Path(path).expanduser())})
+    logger.info("%s goes with the next message", path)
 
 
 def answer(talk: Chat, line: str, *, interactive: bool) -> None:

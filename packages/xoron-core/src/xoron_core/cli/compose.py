@@ -33,6 +33,9 @@ def compose(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a value: slot.key=value.")
     ] = None,
+    extend: Annotated[
+        Path | None, typer.Option("--extend", help="Add to this model folder; its ids stay.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="For initialisation.")] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan and print, write nothing.")
@@ -41,19 +44,34 @@ def compose(
 ) -> None:
     """Compose a model from the installed plug-ins and write its folder.
 
+    With --extend, what is composed is added to a model folder: its parts keep their weights and its
+    ids their meaning, and new ids are appended.
+
     Example: xoron compose --plugins llm --preset tiny -o out/ --set backbone.num_layers=4
     """
     if output is None and not dry_run:
         raise UsageError("where should the model go? Add -o DIR, or --dry-run to plan only")
     from xoron_core.api import build, save
+    from xoron_core.composer.addition import joined
     from xoron_core.composer.composition import read_composition
     from xoron_core.composer.planner import plan
+    from xoron_core.folder import read_config, read_space
+    from xoron_core.migrate import extend as build_extended
 
     chosen = registry().select(plugins)
     composition = read_composition(
-        chosen, file=str(file) if file else None, preset=preset, overrides=overrides or ()
+        chosen,
+        file=str(file) if file else None,
+        preset=preset,
+        overrides=overrides or (),
+        addition=extend is not None,
     )
-    planned = plan(composition, chosen)
+    lock = None
+    if extend is not None:
+        config, base = read_config(extend)
+        composition = joined(base, composition)
+        lock = read_space(extend, config.token_space_hash)
+    planned = plan(composition, chosen, lock)
     if not dry_run:
         assert output is not None
         if output.exists() and any(output.iterdir()) and not (output / "config.json").exists():
@@ -61,7 +79,10 @@ def compose(
                 f"{output}: holds files that are no model; choose a new or empty folder"
             )
         with working(f"composing {composition.name}"):
-            model, processor = build(planned, chosen, seed=seed)
+            if extend is None:
+                model, processor = build(planned, chosen, seed=seed)
+            else:
+                model, processor = build_extended(extend, planned, chosen, seed=seed)
             save(model, processor, output)
         logger.info("wrote %s", output)
     if as_json:

@@ -11,6 +11,8 @@ import typer
 from xoron_core.cli.session import (
     Draft,
     Folder,
+    Image,
+    Media,
     MinP,
     RepetitionPenalty,
     Seed,
@@ -19,8 +21,10 @@ from xoron_core.cli.session import (
     TopK,
     TopP,
     check_limit,
+    media_parts,
     open_session,
 )
+from xoron_core.errors import UsageError
 
 if TYPE_CHECKING:
     from xoron_core.events import Finished
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Argument(help="What the user says; - reads standard input.")],
+    image: Image = None,
+    media: Media = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Limit.")] = 256,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -48,7 +54,7 @@ def generate(
 ) -> None:
     """Generate an answer, or with --raw a continuation.
 
-    Example: xoron generate out/ "def main(" --raw --max-new-tokens 64
+    Example: xoron generate out/ "what is this?" --image cat.png --max-new-tokens 64
     """
     from xoron_core.events import Finished, TextDelta
     from xoron_core.sampling import Sampling
@@ -62,10 +68,17 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    session = open_session(folder, draft)
+    parts = media_parts(image, media)
+    if raw and parts:
+        raise UsageError(
+            "--raw continues a bare text, in which media have no place; leave out --raw, so that"
+            " they stand in a message"
+        )
+    session = open_session(folder, draft, parts=parts)
     text = sys.stdin.read() if prompt == "-" else prompt
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    said = [*parts, {"type": "text", "text": text}] if parts else text
+    messages.append({"role": "user", "content": said})
     events = session.stream(
         text if raw else messages,
         max_new_tokens=max_new_tokens,
@@ -81,18 +94,21 @@ def generate(
                 print(event.text, end="", flush=True)
         elif isinstance(event, Finished):
             if as_json:
-                print(json.dumps(_answer("".join(pieces), event), ensure_ascii=False))
+                answer = _answer("".join(pieces), event, parts)
+                print(json.dumps(answer, ensure_ascii=False))
             else:
                 print()
 
 
-def _answer(text: str, end: Finished) -> dict[str, Any]:
-    found = {
+def _answer(text: str, end: Finished, media: list[dict[str, str]]) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "text": text,
         "reason": end.reason,
         "tokens": end.tokens,
         "confidence": end.confidence,
     }
+    if media:
+        found["media"] = media
     if end.usage.drafted:
         found |= {"drafted": end.usage.drafted, "accepted": end.usage.accepted}
     return found

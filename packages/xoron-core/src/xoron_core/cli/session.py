@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from xoron_core import advice
 from xoron_core.cli.progress import working
-from xoron_core.errors import UsageError
+from xoron_core.errors import PluginError, UsageError
 
 if TYPE_CHECKING:
     from xoron_core.session import Session
@@ -28,6 +30,14 @@ Seed = Annotated[int | None, typer.Option("--seed", help="For sampling.")]
 Draft = Annotated[
     Path | None, typer.Option("--draft", help="A smaller model's folder that drafts text.")
 ]
+Image = Annotated[
+    list[str] | None,
+    typer.Option("--image", help="An image before the text of the message; again for more."),
+]
+Media = Annotated[
+    list[str] | None,
+    typer.Option("--media", help="TYPE=PATH: as --image, for any type of medium."),
+]
 
 
 def check_limit(max_new_tokens: int) -> None:
@@ -40,13 +50,47 @@ def check_limit(max_new_tokens: int) -> None:
         raise UsageError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
 
 
-def open_session(folder: Path, draft: Path | None) -> Session:
-    """Loads a model folder, and a draft model's if one is given, into a session."""
+def media_parts(images: Sequence[str] | None, media: Sequence[str] | None) -> list[dict[str, str]]:
+    """What --image and --media name, as parts of a message: images first, each in order.
+
+    Raises:
+        UsageError: for a --media that is not TYPE=PATH.
+    """
+    parts = [{"type": "image", "path": path} for path in images or ()]
+    for item in media or ():
+        kind, _, path = item.partition("=")
+        if not (kind and path):
+            raise UsageError(f"--media {item!r}: expected TYPE=PATH, such as image=cat.png")
+        parts.append({"type": kind, "path": path})
+    return parts
+
+
+def open_session(
+    folder: Path, draft: Path | None, *, parts: Sequence[dict[str, str]] = ()
+) -> Session:
+    """Loads a model folder, and a draft model's if one is given, into a session.
+
+    Media are read and laid out before any weights are, so that a wrong path costs no time.
+
+    Args:
+        folder: of the model.
+        draft: of a smaller model, or None.
+        parts: media that the first message will hold.
+
+    Raises:
+        DataError, PluginError, SequenceError: if the model cannot be shown these media.
+    """
     from xoron_core.api import load
+    from xoron_core.folder import read_config
+    from xoron_core.processor import XoronProcessor
     from xoron_core.session import Session
 
+    _, composition = read_config(folder)
+    if not composition.of_kind("backbone"):
+        raise PluginError(advice.empty_slot("backbone", composition.slots))
+    if parts:
+        XoronProcessor.from_pretrained(folder).plan([{"role": "user", "content": list(parts)}])
     with working(f"loading {folder}"):
         model, processor = load(folder)
         drafter = load(draft)[0] if draft else None
-    model.need_backbone()
     return Session(model, processor, draft=drafter)

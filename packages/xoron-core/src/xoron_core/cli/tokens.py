@@ -1,22 +1,25 @@
-"""`xoron tokens show|verify`."""
+"""`xoron tokens show|verify|diff|migrate`."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from xoron_core.cli.plugin_list import print_table
+from xoron_core.cli.progress import working
 from xoron_core.errors import FolderError, TokenSpaceError
 from xoron_core.tokens.space import TokenSpace
 
+logger = logging.getLogger("xoron")
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Show or verify a token space.\n\nExample: xoron tokens show out/",
+    help="Show, verify, compare or change token spaces.\n\nExample: xoron tokens show out/",
 )
 
 
@@ -78,6 +81,52 @@ def verify(folder: Annotated[Path, typer.Argument(help="A model folder.")]) -> N
         )
     check_files(folder)
     print(json.dumps({"ok": True, "hash": space.hash, "rows": space.size}))
+
+
+@app.command("diff")
+def diff(
+    first: Annotated[Path, typer.Argument(help="A model folder or a token_space.json.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say by name what two token spaces do not have in common.
+
+    Example: xoron tokens diff old/ new/
+    """
+    from xoron_core.tokens.difference import difference
+
+    old, new = _read(first), _read(second)
+    changes = difference(old, new)
+    if as_json:
+        print(json.dumps({"same": old.hash == new.hash, "changes": [vars(c) for c in changes]}))
+        return
+    if old.hash == new.hash:
+        print(f"the same: {old.hash}")
+        return
+    rows = [("CHANGE", "NAME", "IDS OR MEANING")]
+    print_table(rows + [(change.what, change.name, change.detail) for change in changes])
+    if not changes:
+        print("they differ in holes alone: every name has the same ids in both")
+
+
+@app.command("migrate")
+def migrate(
+    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder or file of the space to move to.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The model folder to write.")],
+    seed: Annotated[int, typer.Option("--seed", help="For rows that are new.")] = 0,
+) -> None:
+    """Move a model to another token space: its vocabulary rows by name, and its tokenizer.
+
+    Example: xoron tokens migrate mine/ --to theirs/ -o moved/
+    """
+    from xoron_core.api import load, save
+    from xoron_core.migrate import migrate as move
+
+    space = _read(to)
+    with working(f"moving {folder}"):
+        save(*move(*load(folder), space, seed=seed), output)
+    logger.info("wrote %s, %s", output, space.hash)
 
 
 def _read(folder: Path) -> TokenSpace:

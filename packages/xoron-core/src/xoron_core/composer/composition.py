@@ -34,11 +34,13 @@ class TokensConfig(Config):
             None is `base` over pretrained weights and `xoron` otherwise.
         placeholders: modality to the special token that stands for its media, if not the one of
             the modality itself; a selected group must have it.
+        markers: modality to the special tokens before and behind media that are shown, likewise.
     """
 
     groups: tuple[str, ...] | Literal["all"] = ("control", "conversation")
     template: Literal["xoron", "base"] | None = None
     placeholders: dict[str, str] = Field(default_factory=dict)
+    markers: dict[str, tuple[str, str]] = Field(default_factory=dict)
 
 
 class Route(Config):
@@ -128,6 +130,7 @@ def read_composition(
     preset: str | None = None,
     overrides: Iterable[str] = (),
     data: Mapping[str, Any] | None = None,
+    addition: bool = False,
 ) -> Composition:
     """Reads a composition from a preset, a YAML file or plain data, with overrides on top.
 
@@ -137,23 +140,28 @@ def read_composition(
         preset: a composition preset; `tiny` if neither a file nor data is given.
         overrides: `a.b=c` items.
         data: plain nested data, as the YAML would hold.
+        addition: whether this is added to another composition; it then needs to fill no slot, and
+            no preset is implied.
 
     Raises:
         ConfigError, PluginError, CompositionError: naming file, line and the fix.
     """
     nested: dict[str, Any] = {}
     source = Source("composition")
-    if preset or (file is None and data is None):
+    if preset or (file is None and data is None and not addition):
         nested, source = fragments(registry, preset or "tiny")
     if file is not None:
         written, source = read_yaml(file)
         nested = merge(nested, written)
     if data is not None:
         nested = merge(nested, data)
-    return parse_composition(apply_overrides(nested, list(overrides)), source, registry)
+    declared = apply_overrides(nested, list(overrides))
+    return parse_composition(declared, source, registry, may_be_empty=addition)
 
 
-def parse_composition(data: Mapping[str, Any], source: Source, registry: Registry) -> Composition:
+def parse_composition(
+    data: Mapping[str, Any], source: Source, registry: Registry, *, may_be_empty: bool = False
+) -> Composition:
     """Resolves nested data to a `Composition`: components found, presets merged, configs typed."""
     slots: dict[str, dict[str, Any]] = {}
     routes: dict[str, Any] = {}
@@ -171,7 +179,7 @@ def parse_composition(data: Mapping[str, Any], source: Source, registry: Registr
         if "routes" in inner and not _is_slot(inner):
             routes[key] = Route.parse(inner.pop("routes"), source.under(key, "routes")).data()
         _collect_slots(inner, (key,), slots, source)
-    if not slots:
+    if not slots and not may_be_empty:
         raise CompositionError(
             f"{source.name}: no slot is filled; expected at least one, such as"
             " backbone: {use: xoron-moe}"
@@ -182,6 +190,7 @@ def parse_composition(data: Mapping[str, Any], source: Source, registry: Registr
     }
     for name, slot in resolved.items():
         _check_reference(name, slot, resolved, source)
+        resolved[name] = _beside(resolved[name], resolved, registry)
     return Composition.parse(
         {
             "name": data.get("name", "xoron-model"),
@@ -293,6 +302,18 @@ def _resolve_slot(name: str, body: dict[str, Any], source: Source, registry: Reg
         freeze=bool(body.get("freeze", False)),
         config=config.data(),
     )
+
+
+def _beside(slot: Slot, slots: Mapping[str, Slot], registry: Registry) -> Slot:
+    """The slot with what its config takes over from others, as a tokenizer from its backbone."""
+    if slot.ref is not None:
+        return slot
+    component = registry.component(slot.kind, slot.use)
+    cls = _import(component.config, component, registry)
+    if not hasattr(cls, "beside"):
+        return slot
+    others = {name: other.config for name, other in slots.items() if other.ref is None}
+    return slot.model_copy(update={"config": cls.parse(slot.config).beside(others).data()})
 
 
 def _find(slot: str, use: str, source: Source, registry: Registry) -> Component:

@@ -58,14 +58,16 @@ def select_groups(composition: Composition, registry: Registry) -> list[TokenGro
 
 
 def used_modalities(composition: Composition, registry: Registry) -> dict[str, Modality]:
-    """The modalities of a composition, with the placeholders that it chose for them."""
+    """The modalities of a composition, with the placeholders and markers that it chose for them."""
     used = {slot.modality for slot in composition.slots.values()}
-    chosen = composition.tokens.placeholders
-    return {
-        name: replace(modality, placeholder=chosen.get(name, modality.placeholder))
-        for name, modality in registry.modalities().items()
-        if name in used
-    }
+    placeholders, markers = composition.tokens.placeholders, composition.tokens.markers
+    found = {}
+    for name, modality in registry.modalities().items():
+        if name in used:
+            begin, end = markers.get(name, (modality.begin, modality.end))
+            placeholder = placeholders.get(name, modality.placeholder)
+            found[name] = replace(modality, begin=begin, end=end, placeholder=placeholder)
+    return found
 
 
 def _text_base(composition: Composition, registry: Registry) -> TextBase | None:

@@ -97,7 +97,7 @@ def encode_chat(
     if not parse_markup:
         messages = [shield.hide(message) for message in messages]
         template = {name: shield.hide(value) for name, value in template.items()}
-    if media:
+    if media is not None:
         messages = [_as_text(message, media) for message in messages]
     text, spans = render(tokenizer, messages, assistant_spans=return_assistant_mask, **template)
     check_unicode(text)

@@ -44,7 +44,11 @@ def chat_template(*, multimodal: bool = True) -> str:
 
 
 def apply_chat_template_to_tokenizer(
-    tokenizer: _T, multimodal: bool = True, *, placeholders: Mapping[str, str] | None = None
+    tokenizer: _T,
+    multimodal: bool = True,
+    *,
+    placeholders: Mapping[str, str] | None = None,
+    markers: Mapping[str, tuple[str, str]] | None = None,
 ) -> _T:
     """Gives the tokenizer our chat template, in place.
 
@@ -54,13 +58,16 @@ def apply_chat_template_to_tokenizer(
         multimodal: whether message content may hold media.
         placeholders: modality to the special token that stands for its media, if not
             `<|MODALITY_pad|>`.
+        markers: modality to the special tokens around media that are shown, if not `<|MODALITY|>`
+            and `<|/MODALITY|>`.
 
     Returns:
         the same tokenizer.
     """
     template = chat_template(multimodal=multimodal)
-    if placeholders:
-        template = f"{{%- set placeholders = {json.dumps(dict(placeholders))} -%}}\n{template}"
+    for name, chosen in (("placeholders", placeholders), ("markers", markers)):
+        if chosen:
+            template = f"{{%- set {name} = {json.dumps(dict(chosen))} -%}}\n{template}"
     tokenizer.chat_template = template
     return tokenizer
 
