@@ -19,7 +19,8 @@ from xoron_core.components import Context
 from xoron_core.descriptors import TokenGroup
 from xoron_core.errors import CompositionError, ConfigError, FolderError, SequenceError
 from xoron_core.tokens.space import TextBase, TokenSpace
-from xoron_llm.backbone import HfBackbone, XoronMoeBackbone
+from xoron_llm.backbone import XoronMoeBackbone
+from xoron_llm.hf_backbone import HfBackbone
 from xoron_llm.hf_config import HfConfig
 from xoron_llm.moe.config import MoeConfig
 

@@ -16,7 +16,7 @@ from xoron_core.components import Context
 from xoron_core.composer.composition import read_composition
 from xoron_core.composer.planner import plan
 from xoron_core.plugins import registry
-from xoron_llm.backbone import HfBackbone
+from xoron_llm.hf_backbone import HfBackbone
 from xoron_llm.hf_config import HfConfig
 
 SIZES: dict[str, Any] = {

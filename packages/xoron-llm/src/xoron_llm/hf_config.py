@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -10,6 +12,8 @@ from pydantic import model_validator
 
 from xoron_core.config import Config
 from xoron_core.errors import ConfigError
+
+_PUBLISHED = {"Qwen/Qwen3-8B": "qwen3-8b.json"}
 
 
 class HfConfig(Config):
@@ -59,7 +63,11 @@ def read_hf_config(path: str) -> dict[str, Any]:
         ConfigError: if it cannot be found, fetched or read.
     """
     folder = Path(path)
-    file = folder / "config.json" if folder.is_dir() else _fetch(path, "config.json")
+    file: Path | Traversable
+    if folder.is_dir():
+        file = folder / "config.json"
+    else:
+        file = _published(path) or _fetch(path, "config.json")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -72,6 +80,12 @@ def read_hf_config(path: str) -> dict[str, Any]:
             f"hf backbone: {file}: has no model_type; expected a transformers config.json"
         )
     return data
+
+
+def _published(name: str) -> Traversable | None:
+    """The config.json of a checkpoint that a preset names, so that its plan needs no network."""
+    file = _PUBLISHED.get(name)
+    return None if file is None else resources.files("xoron_llm").joinpath("presets", file)
 
 
 def _fetch(name: str, file: str) -> Path:

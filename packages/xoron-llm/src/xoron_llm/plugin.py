@@ -23,7 +23,7 @@ def xoron_components() -> list[Component]:
             kind="backbone",
             name="hf",
             modality="text",
-            factory="xoron_llm.backbone:HfBackbone",
+            factory="xoron_llm.hf_backbone:HfBackbone",
             config="xoron_llm.hf_config:HfConfig",
             summary="Any transformers causal language model, by folder, Hub name or config.",
         ),
@@ -60,6 +60,7 @@ def xoron_presets() -> list[Preset]:
     return [
         Preset("tiny", "xoron_llm:presets/tiny.yaml"),
         Preset("xoron-dev", "xoron_llm:presets/xoron-dev.yaml"),
+        Preset("qwen3-vlm", "xoron_llm:presets/qwen3-vlm.yaml"),
         Preset("tiny", "xoron_llm:presets/xoron-moe-tiny.yaml", component="backbone/xoron-moe"),
         Preset("tiny", "xoron_llm:presets/hf-tiny.yaml", component="backbone/hf"),
         Preset(
