@@ -1,4 +1,4 @@
-"""Proves the compression encoder: torch's blocks as oracle, every size of image, its positions."""
+"""Proves the compression encoder: torch's and diffusers' blocks as oracles, sizes, positions."""
 
 import pytest
 import torch
@@ -59,6 +59,65 @@ def _oracle(stream, size, heads):
     layer.self_attn.out_proj = nn.modules.linear.NonDynamicallyQuantizableLinear(size, size)
     layer.self_attn.out_proj.load_state_dict(stream.o_proj.state_dict())
     return layer.eval()
+
+
+def test_the_dual_stream_is_diffusers_joint_transformer_where_nothing_turns(make):
+    attention = pytest.importorskip("diffusers.models.attention", reason="needs diffusers")
+    part = make(num_layers=0, dual_stream_layers=3, num_latents=5)
+    with torch.no_grad():
+        seen = part.tower(**batch_of(part, 1))
+        patches, latents = part.input_proj(seen.values), part.latents[None]
+        for block in part.dual_stream:
+            patches, latents = _joint_oracle(attention, block)(
+                latents, patches, temb=torch.zeros(1, 16)
+            )
+        want = part.norm(latents)
+        part.tower.forward = lambda **_: seen._replace(positions=torch.zeros_like(seen.positions))
+        still = part(x=torch.zeros(1))
+    assert patches is None  # nobody reads them behind the last block, theirs neither
+    torch.testing.assert_close(still.values, want, rtol=0, atol=1e-5)
+
+
+def _joint_oracle(attention, block, size=16, heads=2):
+    """diffusers' block of Stable Diffusion 3 with the weights of ours.
+
+    Its norms take shift and scale from a time embedding: of a zero embedding the bias is left.
+    """
+    mine, other = block.streams
+    made = attention.JointTransformerBlock(
+        size, heads, size // heads, context_pre_only=not other.written, qk_norm="rms_norm"
+    )
+    made.norm1.norm.eps = made.norm2.eps = made.norm1_context.norm.eps = 1e-5
+    ones = torch.ones(size)
+
+    def modulation(stream):
+        both = (stream.norm1.bias, stream.norm1.weight - 1, ones)
+        return torch.cat((*both, stream.norm2.bias, stream.norm2.weight - 1, ones))
+
+    def feed_forward(stream):
+        made = attention.FeedForward(dim=size, dim_out=size, activation_fn="gelu")
+        made.net[0].proj, made.net[2] = stream.fc1, stream.fc2
+        return made
+
+    attn = made.attn
+    attn.to_q, attn.to_k, attn.to_v, attn.to_out[0] = (
+        mine.q_proj, mine.k_proj, mine.v_proj, mine.o_proj,
+    )  # fmt: skip
+    attn.norm_q.weight, attn.norm_k.weight = mine.q_norm.weight, mine.k_norm.weight
+    attn.add_k_proj, attn.add_v_proj = other.k_proj, other.v_proj
+    attn.norm_added_k.weight = other.k_norm.weight
+    made.norm1.linear.bias = nn.Parameter(modulation(mine))
+    made.ff = feed_forward(mine)
+    if other.written:
+        attn.add_q_proj, attn.to_add_out = other.q_proj, other.o_proj
+        attn.norm_added_q.weight = other.q_norm.weight
+        made.norm1_context.linear.bias = nn.Parameter(modulation(other))
+        made.norm2_context.eps = 1e-5
+        made.ff_context = feed_forward(other)
+    else:
+        both = torch.cat((other.norm1.weight - 1, other.norm1.bias))
+        made.norm1_context.linear.bias = nn.Parameter(both)
+    return made.eval()
 
 
 @pytest.mark.parametrize("changes", [{"num_layers": 0}, {"dual_stream_layers": 0}])

@@ -68,6 +68,17 @@ def test_exif_orientation_is_applied(orientation):
     np.testing.assert_array_equal(pixels(data), upright)
 
 
+def test_an_upright_rgb_image_is_not_copied_and_a_turned_one_not_changed():
+    upright = Image.fromarray(RAMP)
+    assert load_image(upright) is upright
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.open(io.BytesIO(file_bytes(upright, exif=exif)))
+    np.testing.assert_array_equal(pixels(turned), np.rot90(RAMP, -1))
+    np.testing.assert_array_equal(np.asarray(turned), RAMP)
+    np.testing.assert_array_equal(pixels(turned), np.rot90(RAMP, -1))
+
+
 def test_transparency_is_composited_on_white():
     rgba = Image.new("RGBA", (3, 1))
     for x, color in enumerate([(255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 51)]):

@@ -156,6 +156,46 @@ def test_track_a_has_exactly_the_published_parameters_and_shapes():
     )
 
 
+E, D, W = 1152, 4096, 1024  # features of so400m, the backbone, the c-abstractor
+AFFINE = {  # parameters of a linear layer from a width to a width
+    "features to D": (E + 1) * D,
+    "D to D": (D + 1) * D,
+    "squares to D": (9 * E + 1) * D,
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "positions", "count"),
+    [
+        (MlpProjector, c.MlpConfig(), 729, AFFINE["features to D"] + AFFINE["D to D"]),
+        (
+            PixelShuffleProjector, c.GroupConfig(factor=3), 81,
+            AFFINE["squares to D"] + AFFINE["D to D"],
+        ),
+        (
+            SpatialProjector, c.GroupConfig(factor=3), 81,
+            AFFINE["features to D"] + AFFINE["D to D"],
+        ),
+        (
+            # Latents and two layers: q, k, v, o; gate, up, down of 4 E; three norms. A last norm.
+            PerceiverProjector, c.PerceiverConfig(), 64,
+            64 * E + 2 * (4 * E * E + 3 * 4 * E * E + 3 * E) + E + AFFINE["features to D"],
+        ),
+    ],
+)  # fmt: skip
+def test_projectors_have_their_closed_form_sizes_and_shapes_at_the_published_widths(
+    cls, config, positions, count
+):
+    with torch.device("meta"):
+        part = cls(config, Context("image.projector", hidden_size=D, feature_size=E))
+        grid = torch.zeros(2, 729, 2)
+        features = Features(torch.zeros(2, 729, E), torch.ones(2, 729, dtype=torch.bool), grid)
+        made = part(features)
+    assert sum(p.numel() for p in part.parameters()) == count
+    assert made.values.shape == (2, positions, D)
+    assert part.num_positions(part.config, 729) == positions
+
+
 @pytest.mark.parametrize("name", ["perceiver", "perceiver-mlp"])
 def test_a_smaller_budget_gives_the_first_positions_of_the_whole(make, features, name):
     cls, config_cls, data = PARTS[name]

@@ -125,7 +125,10 @@ def native_checkpoint(tmp_path, native):
     torch.manual_seed(1)
     model = Siglip2Model(Siglip2Config(text_config=TEXT, vision_config=native)).eval()
     model.save_pretrained(tmp_path)
-    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    processor = Siglip2ImageProcessorPil(
+        patch_size=8, max_num_patches=16, image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.4, 0.5],
+        resample=3,
+    )  # fmt: skip
     processor.save_pretrained(tmp_path)
     return tmp_path, model, processor
 
@@ -162,6 +165,53 @@ def test_padding_of_a_native_batch_changes_no_valid_feature(native):
     with torch.no_grad():
         changed = part(**batch)
     assert torch.equal(changed.values[changed.mask], together.values[together.mask])
+
+
+def test_padding_of_a_native_batch_changes_no_gradient(native):
+    part = encoder(vision_config=native)
+    processor = part.processor(part.config)
+    items = [processor.load(picture(*size, seed=i)) for i, size in enumerate(SIZES)]
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+
+    def learn(items):
+        batch = processor.collate(items)
+        pixels = batch["pixel_values"].requires_grad_(True)
+        features = part(**batch)
+        (features.values[features.mask] @ direction).square().sum().backward()
+        return pixels.grad, batch["pixel_attention_mask"].bool()
+
+    with_padding, mask = learn(items)
+    together = {name: p.grad.clone() for name, p in part.named_parameters()}
+    part.zero_grad()
+    alone = [learn([item])[0][0] for item in items]
+    assert not mask.all()
+    assert not with_padding[~mask].any()
+    for row, valid, one in zip(with_padding, mask, alone, strict=True):
+        torch.testing.assert_close(row[valid], one, rtol=1e-4, atol=1e-4)
+    for name, parameter in part.named_parameters():  # the sum over images, each alone
+        # Softmax does not see what is added to all keys: their bias has no gradient but rounding.
+        assert parameter.grad.abs().max() > 1e-2 or name.endswith("k_proj.bias")
+        torch.testing.assert_close(together[name], parameter.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_a_fixed_image_is_the_same_alone_and_beside_others(fixed):
+    part = encoder(vision_config=fixed)
+    images = [picture(*size, seed=i) for i, size in enumerate(SIZES)]
+    together = run(part, images).values
+    for image, row in zip(images, together, strict=True):
+        torch.testing.assert_close(run(part, [image]).values[0], row, rtol=0, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fixed", "native"])
+def test_layers_read_rows_that_are_rows_in_memory(request, kind):
+    """Else every layer copies them; see the benchmark."""
+    part = encoder(vision_config=request.getfixturevalue(kind))
+    seen = []
+    part.tower.encoder.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    run(part, [picture(40, 40), picture(30, 50)])
+    assert seen[0].shape[0] == 2
+    assert seen[0].is_contiguous()
 
 
 @pytest.mark.parametrize("max_patches", [4, 16, 64, 100])

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from xoron_core.config import Config
 from xoron_core.errors import ConfigError
+from xoron_vision.published import published_file
 
 FIXED = "siglip_vision_model"
 NATIVE = "siglip2_vision_model"
@@ -126,6 +127,57 @@ class SiglipConfig(Config):
         return self.max_patches or int(self.tower.get("num_patches", 256))
 
 
+class ConvVitConfig(Config):
+    """Convolutions that halve the image, then transformer layers on the rest (Xiao et al. 2021).
+
+    Attributes:
+        image_size: side in pixels of what every image is resized to, a multiple of `stride`.
+        widths: channels behind each halving; the last is the width of the transformer.
+        num_layers, num_heads: of the transformer.
+        norm_groups: of the convolutions' group norms, dividing every width.
+        rope_theta: base of the 2-D rotary positions.
+        preprocess: how pixels are normalised.
+    """
+
+    image_size: PositiveInt = 64
+    widths: tuple[PositiveInt, ...] = (32, 64, 128)
+    num_layers: int = Field(default=2, ge=0)
+    num_heads: PositiveInt = 4
+    norm_groups: PositiveInt = 8
+    rope_theta: float = Field(default=100.0, gt=0)
+    preprocess: Preprocess | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.widths:
+            raise ValueError(
+                "widths is empty, expected channels behind each halving, e.g. [32, 64]"
+            )
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size {self.image_size} must be a multiple of {self.stride}, as the image is"
+                f" halved {len(self.widths)} times"
+            )
+        if odd := [width for width in self.widths if width % self.norm_groups]:
+            raise ValueError(f"widths {odd} are no multiples of norm_groups {self.norm_groups}")
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(
+                f"the last width {self.hidden_size} must be a multiple of 4 * num_heads"
+                f" ({4 * self.num_heads}): each head rotates in two axes"
+            )
+        return self
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the features."""
+        return self.widths[-1]
+
+    @property
+    def stride(self) -> int:
+        """Side in pixels of the square behind a feature."""
+        return int(2 ** len(self.widths))
+
+
 class XoronVisionConfig(Config):
     """Tower, 1-D compression and dual-stream attention: the published Xoron vision encoder.
 
@@ -207,6 +259,8 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _read(path: str, name: str, *, required: bool) -> dict[str, Any]:
     folder = Path(path)
+    if not folder.is_dir() and (known := published_file(path, name)) is not None:
+        return known
     try:
         file = folder / name if folder.is_dir() else _download(path, name, required=required)
         if file is None or not (required or file.exists()):

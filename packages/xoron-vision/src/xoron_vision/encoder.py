@@ -89,6 +89,11 @@ class XoronVisionEncoder(Encoder):
         """The tower's."""
         return self.tower.dummy_batch()
 
+    @classmethod
+    def find_source(cls, config: XoronVisionConfig) -> None:
+        """The tower's."""
+        SiglipEncoder.find_source(config.tower)
+
     def load_source_weights(self, generator: torch.Generator) -> None:
         """Loads the tower's weights, if its config has a path."""
         self.tower.load_source_weights(generator)

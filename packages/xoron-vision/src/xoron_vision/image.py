@@ -59,7 +59,7 @@ def load_image(source: Any, *, allow_urls: bool | None = None) -> Image.Image:
         allow_urls: whether http(s) may be used; None asks the environment.
 
     Returns:
-        A PIL image of mode RGB.
+        A PIL image of mode RGB; the caller's own if it is upright RGB already.
 
     Raises:
         DataError: naming the file (or the kind of object) and what is wrong with it.
@@ -117,7 +117,7 @@ def _open(file: io.BytesIO | Path | Image.Image, name: str) -> Image.Image:
 
 def _decode(image: Image.Image) -> Image.Image:
     """The first frame, upright, as RGB."""
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
     pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:  # where Pillow only warns
@@ -125,7 +125,9 @@ def _decode(image: Image.Image) -> Image.Image:
     if getattr(image, "n_frames", 1) > 1:
         image.seek(0)
     image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would copy the image
+        image = ImageOps.exif_transpose(image)
+    return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

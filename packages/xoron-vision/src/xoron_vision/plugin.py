@@ -16,6 +16,12 @@ _ENCODERS = (
         "SigLIP and SigLIP 2 towers, fixed size or native aspect ratio; one feature per patch.",
     ),
     (
+        "conv-vit",
+        "xoron_vision.conv:ConvVitEncoder",
+        "xoron_vision.config:ConvVitConfig",
+        "Convolutions, then transformer layers: learns from few images.",
+    ),
+    (
         "xoron-vision",
         "xoron_vision.encoder:XoronVisionEncoder",
         "xoron_vision.config:XoronVisionConfig",
@@ -45,6 +51,42 @@ _PROJECTORS = (
         "Convolutions and pooling to a square grid of positions.",
     ),
 )
+_AUTOENCODER = "xoron_vision.autoencoder"
+_AUTOENCODERS = (
+    Component(
+        kind="autoencoder",
+        name="kl-image",
+        modality="image",
+        factory=f"{_AUTOENCODER}.kl_image:KlImage",
+        config=f"{_AUTOENCODER}.config:KlImageConfig",
+        summary="Gaussian latents, 8 times smaller in height and width; reads diffusers' folders.",
+    ),
+    Component(
+        kind="autoencoder",
+        name="diffusers-image",
+        modality="image",
+        factory=f"{_AUTOENCODER}.diffusers_image:DiffusersImage",
+        config=f"{_AUTOENCODER}.config:DiffusersImageConfig",
+        summary="An image autoencoder of diffusers as it is, frozen.",
+        requires=("xoron-vision[diffusers]",),
+    ),
+    Component(
+        kind="loss",
+        name="perceptual",
+        modality="image",
+        factory=f"{_AUTOENCODER}.perceptual:Perceptual",
+        config=f"{_AUTOENCODER}.config:PerceptualConfig",
+        summary="Distance of SigLIP features between images and their reconstructions.",
+    ),
+    Component(
+        kind="loss",
+        name="patch-gan",
+        modality="image",
+        factory=f"{_AUTOENCODER}.patch_gan:PatchGan",
+        config=f"{_AUTOENCODER}.config:PatchGanConfig",
+        summary="A discriminator of patches against reconstructions, hinge loss.",
+    ),
+)
 
 
 @hookimpl
@@ -65,7 +107,7 @@ def xoron_components() -> list[Component]:
         )
         for name, factory, config, summary in _PROJECTORS
     ]
-    return encoders + projectors
+    return [*encoders, *projectors, *_AUTOENCODERS]
 
 
 @hookimpl
@@ -87,8 +129,12 @@ def xoron_modalities() -> list[Modality]:
 
 @hookimpl
 def xoron_token_groups() -> list[TokenGroup]:
-    """The placeholder of Track A, for compositions that select it."""
-    tokens = {"image_patch": "<image_patch>"}
+    """The strings of Track A; a Qwen base owns the markers, so they are no new rows there."""
+    tokens = {
+        "image_patch": "<image_patch>",
+        "vision_start": "<|vision_start|>",
+        "vision_end": "<|vision_end|>",
+    }
     return [TokenGroup(PATCH_GROUP, tokens, hidden=frozenset(tokens))]
 
 
@@ -103,9 +149,17 @@ def xoron_presets() -> list[Preset]:
         of("qwen3-vlm", "qwen3-vlm"),
         of("tiny", "siglip-tiny", "encoder/siglip"),
         of("so400m", "siglip-so400m", "encoder/siglip"),
+        of("tiny", "conv-vit-tiny", "encoder/conv-vit"),
         of("tiny", "xoron-vision-tiny", "encoder/xoron-vision"),
         of("xoron-dev", "xoron-vision-xoron-dev", "encoder/xoron-vision"),
         of("tiny", "perceiver-tiny", "projector/perceiver"),
+        of("tiny", "mlp-tiny", "projector/mlp"),
         of("tiny", "perceiver-mlp-tiny", "projector/perceiver-mlp"),
         of("tiny", "c-abstractor-tiny", "projector/c-abstractor"),
+        of("tiny", "kl-image-tiny", "autoencoder/kl-image"),
+        of("sd", "kl-image-sd", "autoencoder/kl-image"),
+        of("flux", "kl-image-flux", "autoencoder/kl-image"),
+        of("tiny", "diffusers-image-tiny", "autoencoder/diffusers-image"),
+        of("tiny", "perceptual-tiny", "loss/perceptual"),
+        of("tiny", "patch-gan-tiny", "loss/patch-gan"),
     ]

@@ -28,6 +28,7 @@ from transformers import (
 
 from xoron_core.components import Context, Encoder, Features
 from xoron_core.errors import ConfigError, FolderError
+from xoron_core.hub import need_weights
 from xoron_vision.config import SiglipConfig
 from xoron_vision.processing import FixedSize, NativeAspect, processor_of
 
@@ -84,7 +85,9 @@ class SiglipEncoder(Encoder):
     def _fixed(self, pixel_values: Tensor) -> Features:
         h, w = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         output = self.tower(
-            pixel_values=pixel_values,
+            # With channels last the convolution's patches are rows in memory. Else every layer adds
+            # to columns: measured 1.09 times slower in training `tiny`, 1.04 times with so400m.
+            pixel_values=pixel_values.contiguous(memory_format=torch.channels_last),
             interpolate_pos_encoding=self.config.size != self.config.own_size,
         )
         values = cast(Tensor, output.last_hidden_state)
@@ -107,6 +110,16 @@ class SiglipEncoder(Encoder):
             "pixel_attention_mask": torch.ones(1, 4, dtype=torch.int64),
             "spatial_shapes": torch.full((1, 2), 2),
         }
+
+    @classmethod
+    def find_source(cls, config: SiglipConfig) -> None:
+        """Asks the Hub for the weights of `path`, if it is a name.
+
+        Raises:
+            FolderError: if they cannot be fetched.
+        """
+        if config.path is not None:
+            need_weights(config.path, "siglip")
 
     def load_source_weights(self, generator: torch.Generator) -> None:
         """Loads the weights of `path`; without a path they stay random.
