@@ -49,14 +49,20 @@ def standin(_distribution: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def new_model(tmp_path_factory: pytest.TempPathFactory, standin: None) -> Callable[..., Path]:
-    """Composes a model folder of the stand-in parts, from config keys of its backbone."""
+    """Composes a model folder of the stand-in parts, from config keys of its backbone.
 
-    def make(tokens: dict[str, Any] | None = None, **config: Any) -> Path:
+    With `grid`, slots of that modality come to it.
+    """
+
+    def make(
+        tokens: dict[str, Any] | None = None, grid: dict[str, Any] | None = None, **config: Any
+    ) -> Path:
         composition = {
             "name": "standin",
             "tokenizer": {"use": "standin-byte"},
             "backbone": {"use": "standin-lm", **config},
             "tokens": tokens or {},
+            **({} if grid is None else {"grid": grid}),
         }
         folder = tmp_path_factory.mktemp("model") / "m"
         save(*compose(composition), folder)

@@ -12,15 +12,16 @@ import yaml
 
 from xoron_core.errors import ConfigError, UsageError
 from xoron_core.plugins import registry
-from xoron_train import recipe as recipes_module
+from xoron_train import catalog
 from xoron_train.hookspecs import RecipeFile
 from xoron_train.recipe import Recipe, differences, load_recipe, recipes
 
 
 def test_every_shipped_recipe_loads_and_survives_writing(tmp_path: Path) -> None:
     assert "text-tiny" in recipes()
+    data = {name: ["mixture.images.path=talks.jsonl"] for name in ("align", "sft")}
     for name in recipes():
-        recipe = load_recipe(name)
+        recipe = load_recipe(name, data.get(name, ()))
         assert recipe.name == name
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe.data()))
@@ -49,7 +50,7 @@ def test_two_plugins_with_one_recipe_name_are_told_apart(monkeypatch: pytest.Mon
             assert hook == "xoron_recipes"
             return [(plugin, RecipeFile("r", "x:y", "")) for plugin in ("train", "other")]
 
-    monkeypatch.setattr(recipes_module, "registry", Twice)
+    monkeypatch.setattr(catalog, "registry", Twice)
     with pytest.raises(UsageError, match="offered by the plug-ins 'train' and 'other'"):
         recipes()
 

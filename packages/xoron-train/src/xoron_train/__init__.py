@@ -13,17 +13,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xoron_train.lora import load_adapter
     from xoron_train.recipe import Recipe, load_recipe
     from xoron_train.run import Result, train
 
 _LAZY = {
     "Recipe": "xoron_train.recipe",
     "Result": "xoron_train.run",
+    "load_adapter": "xoron_train.lora",
     "load_recipe": "xoron_train.recipe",
     "train": "xoron_train.run",
 }
 
-__all__ = ["Recipe", "Result", "load_recipe", "train"]
+__all__ = ["Recipe", "Result", "load_adapter", "load_recipe", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,12 +4,14 @@ A checkpoint is a model folder plus `trainer/`:
 
     trainer/state.json             step, recipe, data cursors, token space, list of all files
     trainer/optimizer.safetensors  `<parameter name>/<state name>`
+    trainer/adapter.safetensors    the adapter, with `lora`; the model folder holds its base
     trainer/data.safetensors       tokens that are packed in no row yet
     trainer/rng-00000.safetensors  random generators, one file per process
 
 It is written beside its place, synced and renamed. `state.json` lists every other file with its
 size, so a folder that was copied only in part is told from a complete one. Older checkpoints are
-removed only after a new one stands.
+removed only after a new one stands. Slots that the run leaves as they are are written once; later
+checkpoints share their files by hard links.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from xoron_core.errors import FolderError, TokenSpaceError
 from xoron_core.storage import atomic_folder, read_tensors, recover, write_tensors
 
 if TYPE_CHECKING:
-    from xoron_core.model import XoronModel
     from xoron_core.processor import XoronProcessor
+    from xoron_train.deltas import Trained
 
 logger = logging.getLogger("xoron.train")
 
@@ -93,7 +95,7 @@ def write(
     run: Path,
     step: int,
     *,
-    model: XoronModel,
+    trained: Trained,
     processor: XoronProcessor,
     optimizer: dict[str, Tensor],
     data: dict[str, Tensor],
@@ -105,7 +107,7 @@ def write(
     Args:
         run: the run's folder.
         step: optimizer steps done.
-        model, processor: saved as a model folder.
+        trained, processor: saved as a model folder, an adapter beside it.
         optimizer: as `optim.optimizer_tensors` gives it.
         data: the packer's tensors.
         rng: generators per process.
@@ -117,14 +119,12 @@ def write(
     Raises:
         FolderError: if writing fails; earlier checkpoints are intact.
     """
-    from xoron_core.folder import write_model
-
     folder = checkpoints_folder(run) / f"step-{step:08d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as aside:
-        write_model(model, aside)
-        processor.save_pretrained(aside)
         (aside / "trainer").mkdir()
+        trained.write(aside)
+        processor.save_pretrained(aside)
         write_tensors(aside / "trainer/optimizer.safetensors", optimizer)
         write_tensors(aside / "trainer/data.safetensors", data)
         for process, tensors in enumerate(rng):
@@ -136,6 +136,7 @@ def write(
         }
         record = {"format": FORMAT, "step": step, **state, "files": files}
         (aside / _STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    trained.written(folder)
     return folder
 
 

@@ -33,6 +33,7 @@ def train(
     """
     import logging
 
+    from xoron_train.metrics import shown_evaluation
     from xoron_train.recipe import load_recipe
     from xoron_train.run import train as run_training
 
@@ -54,7 +55,5 @@ def train(
         return
     typer.echo(f"model: {result.model_folder}")
     typer.echo(f"steps: {result.steps} ({result.seconds:.0f} s)")
-    if evaluation:
-        typer.echo(f"held-out loss: {evaluation['loss']:.4f} nats/token")
-        if evaluation["bits_per_byte"] is not None:
-            typer.echo(f"held-out bits per byte: {evaluation['bits_per_byte']:.4f}")
+    for line in shown_evaluation(evaluation):
+        typer.echo(line)

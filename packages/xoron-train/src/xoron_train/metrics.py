@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         if line.endswith("\n"):
             records.append(json.loads(line))
     return records
+
+
+def shown_evaluation(record: Mapping[str, Any]) -> list[str]:
+    """The lines that tell a person what an evaluation's record says."""
+    lines = []
+    if "loss" in record:
+        lines.append(f"held-out loss: {record['loss']:.4f} nats/token")
+        if record["bits_per_byte"] is not None:
+            lines.append(f"held-out bits per byte: {record['bits_per_byte']:.4f}")
+    for slot, losses in record.get("budgets", {}).items():
+        shown = ", ".join(f"{loss:.4f} with {count}" for count, loss in losses.items())
+        lines.append(f"held-out loss by positions of {slot}: {shown}")
+    for name, result in record.get("evaluations", {}).items():
+        lines += [f"{name}: {key} {_short(value)}" for key, value in result.items()]
+    return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else json.dumps(value)
 
 
 class MetricsLog:
@@ -186,6 +205,6 @@ def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
             continue
         if isinstance(value, dict):
             found += _scalars(value, f"{prefix}{key}/")
-        elif value is not None:
+        elif isinstance(value, int | float):
             found.append((f"{prefix}{key}", value))
     return found

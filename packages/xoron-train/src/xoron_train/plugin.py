@@ -7,7 +7,7 @@ from types import ModuleType
 from xoron_core.descriptors import Command
 from xoron_core.hookspecs import hookimpl
 from xoron_train import hookspecs
-from xoron_train.hookspecs import RecipeFile
+from xoron_train.hookspecs import Dataset, EvaluationType, RecipeFile
 
 xoron_api = 1
 
@@ -29,5 +29,50 @@ def xoron_recipes() -> list[RecipeFile]:
             "text-tiny",
             "xoron_train:presets/text-tiny.yaml",
             "Byte-level text from the Python standard library's own sources; minutes on two cores.",
+        ),
+        RecipeFile(
+            "align",
+            "xoron_train:presets/align.yaml",
+            "Stage 1 of seeing: the image connector alone, on your conversations about images.",
+        ),
+        RecipeFile(
+            "sft",
+            "xoron_train:presets/sft.yaml",
+            "Stage 2 of seeing: the connector and LoRA on the backbone.",
+        ),
+        RecipeFile(
+            "vision-digits",
+            "xoron_train:presets/vision-digits.yaml",
+            "Questions about scanned digits and shapes, from random weights.",
+        ),
+    ]
+
+
+@hookimpl
+def xoron_datasets() -> list[Dataset]:
+    return [
+        Dataset(
+            "vision-digits",
+            "xoron_train.tasks.digits.dataset:digits",
+            ("train", "held-out", "unseen"),
+            "Scenes of scanned digits and shapes, with questions; made on the spot.",
         )
+    ]
+
+
+@hookimpl
+def xoron_evaluations() -> list[EvaluationType]:
+    return [
+        EvaluationType(
+            "seeing",
+            "xoron_train.evaluations.seeing:Seeing",
+            "xoron_train.evaluations.config:SeeingConfig",
+            "The loss with the correct media, and with them shuffled, zeroed and noised.",
+        ),
+        EvaluationType(
+            "answers",
+            "xoron_train.evaluations.answers:Answers",
+            "xoron_train.evaluations.config:AnswersConfig",
+            "Greedy answers against expected ones, beside chance and control.",
+        ),
     ]

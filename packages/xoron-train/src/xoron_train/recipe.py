@@ -13,18 +13,20 @@ import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from xoron_core.config import Config, Source, apply_overrides, parse_yaml, read_yaml
-from xoron_core.errors import UsageError, did_you_mean
-from xoron_core.plugins import registry
+from xoron_core.errors import ConfigError, did_you_mean
+from xoron_train.catalog import find, offered
+from xoron_train.data.config import SourceConfig
+from xoron_train.evaluation_entries import resolve_evaluations
 from xoron_train.hookspecs import RecipeFile
 
-# Keys a run may change between its start and a resume: they decide what is shown and kept, not
-# what is learned. The two sizes may change too as long as their product with the number of
-# processes, the rows of one optimizer step, stays.
+# Keys a run may change between its start and a resume: they decide what is shown and kept and how
+# fast it goes, not what is learned. The two sizes may change too as long as their product with the
+# number of processes, the rows of one optimizer step, stays.
 OBSERVING_KEYS = frozenset(
     {
         "description",
@@ -35,63 +37,36 @@ OBSERVING_KEYS = frozenset(
         "save_every",
         "keep_checkpoints",
         "tensorboard",
+        "evaluations",
+        "num_workers",
     }
 )
 SIZE_KEYS = frozenset({"batch_size", "gradient_accumulation_steps"})
-
-_KEYS_BY_KIND: dict[str, frozenset[str]] = {
-    "files": frozenset({"pattern", "exclude"}),
-    "text": frozenset({"sample_by", "streaming", "block_size"}),
-    "jsonl": frozenset({"field", "streaming", "block_size"}),
-    "parquet": frozenset({"field", "streaming", "block_size"}),
-    "hf": frozenset({"field", "subset", "split", "streaming", "block_size"}),
-}
+GOLDEN_FILES = (".jsonl", ".parquet")
 
 
-class SourceConfig(Config):
-    """One source of text documents.
+class LoraRecipe(Config):
+    """A low-rank adapter on the backbone, which itself stays as it is.
 
     Attributes:
-        kind: `files` (one document per file of a folder), `text`, `jsonl` or `parquet` (local
-            files read by the `datasets` library) or `hf` (a data set of the Hugging Face Hub).
-        path: a folder for `files` (`stdlib` is the running Python's standard library), a file or
-            a glob for the local kinds, a name for `hf`.
-        weight: share of the mixture's tokens, relative to the other sources; above 0.
-        pattern: `files`: glob below the folder.
-        exclude: `files`: globs, relative to the folder, of files to leave out.
-        sample_by: `text`: what one document is.
-        field: the column that holds the text.
-        subset, split: `hf`: which part of the data set.
-        streaming: read in order without preparing or counting the whole first. Documents are
-            then shuffled in blocks of `block_size`.
-        block_size: number of documents that are shuffled together while streaming.
+        r: rank.
+        alpha: the adapter's output is scaled by alpha / r, with `use_rslora` by alpha / sqrt(r).
+        dropout: on the adapter's input.
+        targets: selectors of linear layers of the backbone; empty for all of its attention and
+            feed-forward layers.
+        use_rslora: rank-stabilised scaling (Kalajdzievski 2023).
+        use_dora: magnitude and direction apart (Liu et al. 2024).
+        merge: whether `RUN/model` holds the merged weights; else the unchanged base. Merged weights
+            are of the base's dtype, which rounds them where it is bf16; `RUN/adapter` is exact.
     """
 
-    kind: Literal["files", "text", "jsonl", "parquet", "hf"]
-    path: str = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0)
-    pattern: str = "**/*.txt"
-    exclude: tuple[str, ...] = ()
-    sample_by: Literal["document", "paragraph", "line"] = "document"
-    field: str = "text"
-    subset: str | None = None
-    split: str = "train"
-    streaming: bool = False
-    block_size: int = Field(default=1000, ge=1)
-
-    @model_validator(mode="after")
-    def _only_its_own_keys(self) -> Self:
-        # Compared by value, not by presence: the resolved recipe in a run folder writes every key.
-        common = {"kind", "path", "weight"}
-        fields = type(self).model_fields
-        given = {name for name, field in fields.items() if getattr(self, name) != field.default}
-        foreign = given - common - _KEYS_BY_KIND[self.kind]
-        if foreign:
-            raise ValueError(
-                f"a source of kind {self.kind!r} takes no {', '.join(sorted(foreign))};"
-                f" its keys are {', '.join(sorted(common | _KEYS_BY_KIND[self.kind]))}"
-            )
-        return self
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ()
+    use_rslora: bool = False
+    use_dora: bool = False
+    merge: bool = True
 
 
 class Recipe(Config):
@@ -99,13 +74,22 @@ class Recipe(Config):
 
     Attributes:
         name, description: what `xoron train` takes, and what it does.
-        mixture: sources of text by a name of your choice.
+        mixture: sources of text and of conversations by a name of your choice.
         eval_fraction: share of the documents held out, chosen by a hash of their content, so
-            that copies of a document never fall on both sides. 0 evaluates nothing.
+            that copies of a document never fall on both sides; of conversations with media, by a
+            hash of the media. 0 evaluates nothing. A `dataset` brings its own split.
+        golden: what nothing may be trained on: files of conversations (paths or globs), or
+            `SOURCE:SPLIT` of a `dataset` in the mixture. A conversation that holds one of their
+            media is kept out of training.
         max_unreadable: share of a source's documents that may be unreadable before the run stops.
-        sequence_length: tokens per packed row.
+        sequence_length: tokens per packed row, and the most positions of a conversation. A longer
+            one is left out whole, as unreadable: cutting it could cut a medium in two.
+        budgets: how many positions media take, by slot of a projector that can do with fewer: a
+            number, or `random` for one of its `budgets`, drawn anew for every micro-batch.
         shuffle_rows: packed rows that are shuffled together, so that the rows of one long document
             do not follow each other; a checkpoint carries those still to come. 1 keeps the order.
+        length_group_steps: steps whose rows are drawn together and grouped by length, so that less
+            of a batch is padding; 1 leaves the order, in which a step's rows are only sorted.
         batch_size: rows per process and forward pass.
         gradient_accumulation_steps: forward passes per process and optimizer step.
         max_steps: optimizer steps.
@@ -123,23 +107,34 @@ class Recipe(Config):
         train: selectors (slot names or globs of parameter names) of what is trained; empty for
             whatever the composition does not freeze.
         freeze: selectors of what stays as it is, over `train`.
+        lora: an adapter to train; then `train` names what is trained whole beside it.
+        save_delta: whether `RUN/connector` gets the trained slots as a delta; with `lora` they
+            stand in `RUN/adapter` anyway.
         loss_weights: weight per loss by name, 1 where not given.
         log_every: steps between records of the training loss.
         eval_every: steps between evaluations, None for one at the end.
         eval_batches: batches of `batch_size` held-out rows per source in those.
         final_eval_batches: the same for the evaluation at the end, None for everything held out.
+        num_workers: processes, for each that trains, that read conversations and their media ahead;
+            0 reads between the steps. What is trained does not depend on it.
         save_every: steps between checkpoints, None for one at the end.
         keep_checkpoints: how many are kept.
         tensorboard: whether to write TensorBoard event files.
+        evaluations: by a name of your choice, what else judges the model at the end, or with
+            `every: true` at each evaluation: `{use: NAME, source: ..., split: ..., ...}` as the
+            installed plug-ins offer them.
     """
 
     name: str = Field(min_length=1)
     description: str = ""
-    mixture: dict[str, SourceConfig] = Field(min_length=1)
+    mixture: dict[Annotated[str, Field(min_length=1)], SourceConfig] = Field(min_length=1)
     eval_fraction: float = Field(default=0.02, ge=0, le=0.5)
+    golden: tuple[str, ...] = ()
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
     sequence_length: int = Field(default=1024, ge=2)
+    budgets: dict[str, PositiveInt | Literal["random"]] = Field(default_factory=dict)
     shuffle_rows: int = Field(default=256, ge=1)
+    length_group_steps: int = Field(default=1, ge=1)
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     max_steps: int = Field(ge=1)
@@ -156,14 +151,18 @@ class Recipe(Config):
     seed: int = Field(default=0, ge=0, lt=2**31)
     train: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
+    lora: LoraRecipe | None = None
+    save_delta: bool = False
     loss_weights: dict[str, float] = Field(default_factory=dict)
     log_every: int = Field(default=10, ge=1)
     eval_every: int | None = Field(default=None, ge=1)
     eval_batches: int = Field(default=8, ge=1)
     final_eval_batches: int | None = Field(default=None, ge=1)
+    num_workers: int = Field(default=0, ge=0)
     save_every: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     tensorboard: bool = True
+    evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -184,7 +183,37 @@ class Recipe(Config):
                 f"set final_eval_batches: everything held out of a streamed source"
                 f" ({', '.join(endless)}) has no known end"
             )
+        self._check_conversations()
         return self
+
+    def _check_conversations(self) -> None:
+        talks = [name for name, source in self.mixture.items() if source.holds_conversations]
+        for key in ("golden", "budgets"):
+            if getattr(self, key) and not talks:
+                raise ValueError(
+                    f"{key} is about conversations, and the mixture holds none (a source of kind"
+                    " conversations or dataset)"
+                )
+        if self.length_group_steps > 1 and not talks:
+            raise ValueError(
+                "length_group_steps is about conversations: packed rows of text have one length"
+            )
+        brought = [name for name in talks if self.mixture[name].kind == "dataset"]
+        for name in self.golden:
+            if not name.endswith(GOLDEN_FILES) and name.rpartition(":")[0] not in brought:
+                raise ValueError(
+                    f"golden: {name!r} is neither a file ({' or '.join(GOLDEN_FILES)}) nor"
+                    f" SOURCE:SPLIT of a source of kind dataset ({', '.join(brought) or 'none'})."
+                    f"{did_you_mean(name.rpartition(':')[0], brought)}"
+                )
+        for name, entry in self.evaluations.items():
+            source = entry.get("source")
+            if source is not None and source not in talks:
+                raise ValueError(
+                    f"evaluations.{name}.source: no conversations stand in the mixture under"
+                    f" {source!r}.{did_you_mean(str(source), talks)} There are:"
+                    f" {', '.join(talks) or 'none'}"
+                )
 
     @property
     def num_warmup_steps(self) -> int:
@@ -206,7 +235,11 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         ConfigError: for a wrong key or value, with file and line.
     """
     data, source = _read(name)
-    return _absolute(Recipe.parse(apply_overrides(data, list(overrides)), source))
+    data = apply_overrides(data, list(overrides))
+    _require_paths(data.get("mixture"), source)
+    recipe = Recipe.parse(data, source)
+    evaluations = resolve_evaluations(recipe.evaluations, source)
+    return _absolute(recipe.model_copy(update={"evaluations": evaluations}))
 
 
 def recipes() -> dict[str, RecipeFile]:
@@ -215,16 +248,7 @@ def recipes() -> dict[str, RecipeFile]:
     Raises:
         UsageError: if two plug-ins offer one name.
     """
-    found: dict[str, RecipeFile] = {}
-    owners: dict[str, str] = {}
-    for plugin, recipe in registry().extra("xoron_recipes"):
-        if recipe.name in found:
-            raise UsageError(
-                f"recipe {recipe.name!r} is offered by the plug-ins {owners[recipe.name]!r} and"
-                f" {plugin!r}; leave one out with --plugins -{plugin}"
-            )
-        found[recipe.name], owners[recipe.name] = recipe, plugin
-    return found
+    return offered("recipe")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -245,23 +269,35 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def _read(name: str) -> tuple[dict[str, Any], Source]:
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         return read_yaml(name)
-    known = recipes()
-    if name not in known:
-        raise UsageError(
-            f"unknown recipe {name!r}.{did_you_mean(name, known)}"
-            f" Recipes of the installed plug-ins: {', '.join(sorted(known)) or 'none'};"
-            " or give the path of a YAML file."
-        )
-    package, _, path = known[name].resource.partition(":")
+    known = find("recipe", name, hint="; or give the path of a YAML file.")
+    package, _, path = known.resource.partition(":")
     text = resources.files(package).joinpath(path).read_text(encoding="utf-8")
-    return parse_yaml(text, known[name].resource)
+    return parse_yaml(text, known.resource)
+
+
+def _require_paths(mixture: Any, source: Source) -> None:
+    """Asks for the data that a shipped recipe cannot name; other mistakes are `parse`'s to say."""
+    for name, entry in mixture.items() if isinstance(mixture, Mapping) else ():
+        if isinstance(entry, Mapping) and not entry.get("path"):
+            raise ConfigError(
+                f"{source.place(('mixture', name))}: mixture.{name}.path is not set; say where the"
+                f" data of this source lies: --set mixture.{name}.path=PATH"
+            )
 
 
 def _absolute(recipe: Recipe) -> Recipe:
-    """Makes the paths of local sources absolute; `stdlib` and Hub names stay."""
+    """Makes the paths of local files absolute; `stdlib` and names stay."""
     sources = {}
     for name, source in recipe.mixture.items():
-        named = source.kind == "hf" or (source.kind == "files" and source.path == "stdlib")
-        path = source.path if named else str(Path(source.path).expanduser().absolute())
+        stdlib = source.kind == "files" and source.path == "stdlib"
+        named = stdlib or source.kind in ("hf", "dataset")
+        path = source.path if named else _absolute_path(source.path)
         sources[name] = source.model_copy(update={"path": path})
-    return recipe.model_copy(update={"mixture": sources})
+    golden = tuple(
+        _absolute_path(name) if name.endswith(GOLDEN_FILES) else name for name in recipe.golden
+    )
+    return recipe.model_copy(update={"mixture": sources, "golden": golden})
+
+
+def _absolute_path(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

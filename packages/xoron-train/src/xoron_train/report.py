@@ -48,7 +48,7 @@ def render_report(
         for name, value in facts.items()
     )
     train = [(r["step"], r["losses"]["text"]) for r in records if r["kind"] == "train"]
-    held = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval"]
+    held = [(r["step"], r["loss"]) for r in records if "loss" in r and r["kind"] == "eval"]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
         f"</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"

@@ -4,6 +4,8 @@
     RUN/metrics.jsonl    records of training and evaluation
     RUN/tensorboard/     the same for TensorBoard
     RUN/checkpoints/     model folders plus `trainer/`
+    RUN/connector/       the trained slots alone, with `save_delta`
+    RUN/adapter/         the adapter, with `lora`
     RUN/model/           the result
 
 Nothing is written before the recipe, the model and the data have been found good.
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from xoron_core.errors import ConfigError, FolderError, UsageError
+from xoron_core.errors import ConfigError, FolderError, UsageError, XoronError
 from xoron_train import checkpoint as checkpoints
 from xoron_train.checkpoint import Checkpoint
 from xoron_train.recipe import Recipe, differences, load_recipe
@@ -41,7 +43,8 @@ class Result:
     Attributes:
         model_folder: the trained model.
         steps: optimizer steps in all.
-        evaluation: the final record (`loss`, `bits_per_byte`, ...), empty if nothing was held out.
+        evaluation: the final record (`loss`, `bits_per_byte`, ..., `evaluations` by their names),
+            empty if there was nothing to judge.
         seconds: spent by this process, loading and saving included.
         is_main: whether this process is the one that speaks for all.
     """
@@ -74,6 +77,7 @@ def train(
         UsageError: if `output` holds a run and `resume` is not given, or the other way round.
         ConfigError: if the recipe is not the one the run was started with, or fits nothing.
         FolderError, TokenSpaceError, DataError: for what is missing, damaged or does not fit.
+        XoronError: if a required evaluation does not pass; the model is saved before.
     """
     from accelerate import Accelerator
 
@@ -94,7 +98,7 @@ def train(
         recipe, loaded, processor=processor, accelerator=accelerator, precision=precision
     )
     if checkpoint is not None:
-        _check_size(checkpoint, trainer.rows_per_step)
+        _check_size(checkpoint, trainer.feed.rows_per_step)
         trainer.resume(checkpoint)
         logger.info("going on at step %d from %s", checkpoint.step, checkpoint.folder)
     # No process may write into the run's folder while another still looks whether it is empty.
@@ -104,11 +108,17 @@ def train(
     final = trainer.fit(run, quiet=quiet)
     folder = run / "model"
     if accelerator.is_main_process:
+        trainer.chosen.finish(run)
         save(loaded, processor, folder)
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         # Process groups that are left to the interpreter's exit may abort it.
         accelerator.end_training()
+    if failed := trainer.judge.failures(final):
+        raise XoronError(
+            f"{folder}: the model is trained and saved, but required evaluations did not pass:"
+            f" {'; '.join(failed)}"
+        )
     return Result(
         folder, trainer.step, final, time.monotonic() - begun, accelerator.is_main_process
     )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from xoron_core.model import XoronModel
 
 _SHOWN = 8
+# Linear layers that choose or scale instead of computing features.
+_GATES = {"gate", "router", "shared_expert_gate"}
 
 
 def apply_selectors(
@@ -78,3 +80,48 @@ def select(model: XoronModel, selector: str, *, key: str) -> list[nn.Parameter]:
             f" {', '.join(names[:_SHOWN])}{more}"
         )
     return found
+
+
+def linear_layers(model: XoronModel, selectors: Iterable[str] = ()) -> list[str]:
+    """Names, below the backbone's transformers model, of the linear layers that LoRA adapts.
+
+    Args:
+        model: where to look.
+        selectors: the backbone's slot, or globs of names of its layers or their parameters
+            (`*.q_proj`, `slots.backbone.model.model.layers.0.*`); empty for every linear layer
+            but the head and gates.
+
+    Raises:
+        ConfigError: if a selector matches no linear layer of the backbone, or there is none.
+    """
+    backbone = model.need_backbone()
+    prefix = f"slots.{backbone.slot.replace('.', '__')}.model."
+    head = backbone.model.get_output_embeddings()
+    names = {
+        f"{prefix}{name}": name
+        for name, layer in backbone.model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and layer is not head
+        and name.rpartition(".")[2] not in _GATES
+    }
+    if not names:
+        raise ConfigError(
+            f"lora: {type(backbone.model).__name__} has no linear layers to adapt; train the"
+            " backbone whole"
+        )
+    chosen: set[str] = set()
+    for selector in selectors or [backbone.slot]:
+        stem = selector.removesuffix(".weight")
+        found = {short for name, short in names.items() if fnmatchcase(name, stem)}
+        if selector == backbone.slot:
+            found = set(names.values())
+        if not found:
+            shown = list(names)
+            more = f", ... ({len(shown)} in all)" if len(shown) > _SHOWN else ""
+            raise ConfigError(
+                f"lora.targets: {selector!r} matches no linear layer of the backbone."
+                f"{did_you_mean(selector, [backbone.slot, *names])} Its layers:"
+                f" {', '.join(shown[:_SHOWN])}{more}"
+            )
+        chosen |= found
+    return sorted(chosen)

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,19 +25,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from xoron_core.errors import ConfigError, DataError, XoronError
+from xoron_core.errors import ConfigError, XoronError
 from xoron_train import checkpoint as checkpoints
 from xoron_train import rng
 from xoron_train.checkpoint import Checkpoint
-from xoron_train.data.packing import collate
-from xoron_train.data.stream import (
-    DocumentTokens,
-    StreamState,
-    TrainStream,
-    held_out_rows,
-    token_bytes,
-)
-from xoron_train.evaluate import Score, count_bytes, evaluate
+from xoron_train.data.batches import Window, to_device
+from xoron_train.data.feed import Feed
+from xoron_train.data.stream import StreamState
+from xoron_train.deltas import Trained
+from xoron_train.evaluate import count_bytes
+from xoron_train.judge import Judge
 from xoron_train.losses import (
     check_counts,
     check_weights,
@@ -54,7 +52,6 @@ from xoron_train.optim import (
 )
 from xoron_train.precision import cast_weights
 from xoron_train.recipe import Recipe
-from xoron_train.selectors import apply_selectors
 from xoron_train.statistics import StepStatistics, part_metrics
 
 if TYPE_CHECKING:
@@ -95,33 +92,20 @@ class Trainer:
         self.step = 0
         self.elapsed = 0.0
         self.checked = False  # losses and their counts, against each other, in the first step
-        tokenizer, space = processor.tokenizer, processor.space
-        if tokenizer is None or space is None or model.backbone is None:
-            raise ConfigError(
-                f"recipe {recipe.name!r} trains on text, and this model has no tokenizer or no"
-                " backbone; compose one in (they come with: pip install xoron-llm)"
-            )
-        self.space_hash = space.hash
-        self.tokenize = DocumentTokens(tokenizer)
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.bytes_of = token_bytes(tokenizer, space.size)
-        self.stream = TrainStream(recipe, self.tokenize)
-        self.stream.check()
-        self.held_out = self._held_out(recipe.eval_batches)
-        self.trained = apply_selectors(model, train=recipe.train, freeze=recipe.freeze)
+        self.feed = Feed(recipe, model, processor=processor, accelerator=accelerator)
+        self.judge = Judge(recipe, self.feed)
+        self.space_hash = None if processor.space is None else processor.space.hash
+        # What an assistant says is no document: see `evaluate.Score`.
+        self.bytes_of = None if self.feed.talks.training else self.feed.bytes_of
+        self.modality_of = {name: slot.modality for name, slot in model.composition.slots.items()}
+        self.chosen = Trained(model, recipe)
+        self.trained = self.chosen.parameters
         cast_weights(model, self.trained.values(), precision)
         if recipe.gradient_checkpointing:
             _recompute_activations(model)
         optimizer = build_optimizer(model, self.trained, recipe)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         rng.seed_all(recipe.seed + accelerator.process_index)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of one optimizer step over all processes."""
-        recipe = self.recipe
-        per_process = recipe.batch_size * recipe.gradient_accumulation_steps
-        return per_process * self.accelerator.num_processes
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restores everything that decides the steps to come; the weights are already loaded.
@@ -131,13 +115,14 @@ class Trainer:
         """
         state = checkpoint.state
         self.step, self.elapsed = checkpoint.step, state["elapsed_seconds"]
+        self.chosen.resume(checkpoint.folder)
         load_optimizer_tensors(
             self.optimizer.optimizer,
             self.trained,
             checkpoint.optimizer(),
             where=str(checkpoint.optimizer_path),
         )
-        self.stream.load_state_dict(StreamState(state["data"], checkpoint.data()))
+        self.feed.load_state_dict(StreamState(state["data"], checkpoint.data()))
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if state["processes"] == self.accelerator.num_processes:
@@ -168,7 +153,7 @@ class Trainer:
         progress = ProgressLine(self.recipe.max_steps, done=self.step, quiet=quiet or not main)
         try:
             self._loop(run, log, progress)
-            final = self._evaluate(self.recipe.final_eval_batches)
+            final = self._judge(last=True)
             if log is not None and final is not None:
                 log.write(final)
         finally:
@@ -186,31 +171,36 @@ class Trainer:
     def _loop(self, run: Path, log: MetricsLog | None, progress: ProgressLine) -> None:
         recipe = self.recipe
         begun, paid = time.monotonic(), self.elapsed
-        seconds, steps = 0.0, 0
+        seconds, before, items = 0.0, self.feed.positions, Counter[str]()
         while self.step < recipe.max_steps:
             at = time.monotonic()
-            record = self._train_step()
+            window = self.feed.window(self.step)
+            record = self._train_step(window)
             self.step += 1
-            seconds, steps = seconds + time.monotonic() - at, steps + 1
+            seconds += time.monotonic() - at
+            items += window.media(self.modality_of)
             self.elapsed = paid + time.monotonic() - begun
             last = self.step == recipe.max_steps
             if last or self.step % recipe.log_every == 0:
-                speed = steps * self.rows_per_step * recipe.sequence_length / seconds
+                speed = (self.feed.positions - before) / seconds
                 record |= {"tokens_per_second": speed, "elapsed_seconds": self.elapsed}
+                if items:
+                    rates = {name: count / seconds for name, count in sorted(items.items())}
+                    record["items_per_second"] = rates
                 progress.update(self.step, record["loss"], speed)
                 if log is not None:
                     log.write(record)
-                seconds, steps = 0.0, 0
+                seconds, before, items = 0.0, self.feed.positions, Counter()
             if not last and recipe.eval_every and self.step % recipe.eval_every == 0:
-                held_out = self._evaluate(recipe.eval_batches)
+                held_out = self._judge()
                 if log is not None and held_out is not None:
                     log.write(held_out)
             if last or (recipe.save_every and self.step % recipe.save_every == 0):
                 self._save(run, log)
 
-    def _train_step(self) -> dict[str, Any]:
+    def _train_step(self, rows: Window) -> dict[str, Any]:
         recipe = self.recipe
-        window = self._window()
+        window = self.feed.batches(rows)
         counts = global_counts(local_counts(self.core, window), self.accelerator)
         if not self.checked:
             check_weights(recipe.loss_weights, counts)
@@ -233,7 +223,7 @@ class Trainer:
         return record
 
     def _accumulate(
-        self, window: list[dict[str, Tensor]], counts: dict[str, float], seen: StepStatistics
+        self, window: list[dict[str, Any]], counts: dict[str, float], seen: StepStatistics
     ) -> dict[str, Tensor]:
         """Adds the window's gradient and statistics; returns this process's sum of each loss."""
         device = self.accelerator.device
@@ -243,8 +233,7 @@ class Trainer:
         for index, batch in enumerate(window):
             last = index == len(window) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                on_device = {key: value.to(device) for key, value in batch.items()}
-                output = self.model(**on_device, use_cache=False)
+                output = self.model(**to_device(batch, device), use_cache=False)
                 terms = output.losses
                 seen.add(output.statistics)
                 loss = weighted(terms, counts, self.recipe.loss_weights)
@@ -259,19 +248,8 @@ class Trainer:
             self.checked = True
         return sums
 
-    def _window(self) -> list[dict[str, Tensor]]:
-        """This process's micro-batches of the next optimizer step."""
-        size = self.recipe.batch_size
-        share = size * self.recipe.gradient_accumulation_steps
-        first = self.accelerator.process_index * share
-        mine = self.stream.rows(self.rows_per_step)[first : first + share]
-        return [
-            collate(mine[start : start + size], pad_token_id=self.pad)
-            for start in range(0, share, size)
-        ]
-
     def _record(
-        self, window: list[dict[str, Tensor]], counts: dict[str, float], sums: dict[str, Tensor]
+        self, window: list[dict[str, Any]], counts: dict[str, float], sums: dict[str, Tensor]
     ) -> dict[str, Any]:
         names = sorted(sums)
         num_bytes = sum(count_bytes(batch, self.bytes_of) for batch in window)
@@ -280,11 +258,10 @@ class Trainer:
         nats = dict(zip(names, totals, strict=True))
         means = {name: nats[name] / counts[name] if counts[name] else 0.0 for name in names}
         weights = self.recipe.loss_weights
-        step = self.step + 1
         return {
             "kind": "train",
-            "step": step,
-            "tokens": step * self.rows_per_step * self.recipe.sequence_length,
+            "step": self.step + 1,
+            "tokens": self.feed.positions,
             "loss": sum(weights.get(name, 1.0) * mean for name, mean in means.items()),
             "losses": means,
             "bits_per_byte": bits_per_byte(nats.get("text", 0.0), round(all_bytes)),
@@ -302,55 +279,19 @@ class Trainer:
             " warm-up; with precision: bf16 try fp32"
         )
 
-    def _held_out(self, batches: int | None) -> dict[str, list[Any]]:
-        if not self.recipe.eval_fraction:
-            return {}
-        limit = None if batches is None else batches * self.recipe.batch_size
-        rows = {
-            name: held_out_rows(self.recipe, name, self.tokenize, limit=limit)
-            for name in self.recipe.mixture
-        }
-        for name, found in rows.items():
-            if not found:
-                raise DataError(
-                    f"mixture.{name}: eval_fraction={self.recipe.eval_fraction} holds out no"
-                    " document; raise it, add documents, or evaluate nothing (eval_fraction: 0)"
-                )
-        return rows
-
-    def _evaluate(self, batches: int | None) -> dict[str, Any] | None:
-        if not self.held_out:
-            return None
-        same = batches == self.recipe.eval_batches
-        scores = {
-            name: evaluate(
-                self.model,
-                rows,
-                batch_size=self.recipe.batch_size,
-                pad_token_id=self.pad,
-                bytes_of=self.bytes_of,
-                accelerator=self.accelerator,
-            )
-            for name, rows in (self.held_out if same else self._held_out(batches)).items()
-        }
-        total = sum(scores.values(), Score()).record()
-        record: dict[str, Any] = {"kind": "eval", "step": self.step, **total}
-        if len(scores) > 1:
-            record["sources"] = {name: score.record() for name, score in scores.items()}
-        if not math.isfinite(total["loss"]):
-            raise XoronError(f"step {self.step}: the held-out loss is {total['loss']}")
-        return record
+    def _judge(self, *, last: bool = False) -> dict[str, Any] | None:
+        return self.judge.record(self.model, self.core, step=self.step, last=last)
 
     def _save(self, run: Path, log: MetricsLog | None) -> None:
         generators = gather_object([rng.capture()])
         if log is not None:
             log.sync()
-            data = self.stream.state_dict()
+            data = self.feed.state_dict()
             scaler = self.accelerator.scaler
             checkpoints.write(
                 run,
                 self.step,
-                model=self.core,
+                trained=self.chosen,
                 processor=self.processor,
                 optimizer=optimizer_tensors(self.optimizer.optimizer, self.trained),
                 data=data.tensors,
@@ -358,7 +299,7 @@ class Trainer:
                 state={
                     **self._machine(),
                     "recipe": self.recipe.data(),
-                    "rows_per_step": self.rows_per_step,
+                    "rows_per_step": self.feed.rows_per_step,
                     "token_space_hash": self.space_hash,
                     "elapsed_seconds": self.elapsed,
                     "scaler": None if scaler is None else scaler.state_dict(),

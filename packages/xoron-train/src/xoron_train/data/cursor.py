@@ -1,8 +1,10 @@
-"""Walks over the training documents of one source, shuffled anew in every epoch, for ever.
+"""Walks over the training items of one source, shuffled anew in every epoch, for ever.
 
-The whole state is the epoch, a position in its order and the count of documents that could not be
-used, so that a resumed walk goes on with exactly the document that would have come next. Held-out
-documents are passed over; unreadable ones are counted and named, and too many stop the run.
+An item is a text document or a conversation.
+
+The whole state is the epoch, a position in its order and the counts of items that could not be
+used, so that a resumed walk goes on with exactly the item that would have come next. Held-out items
+are passed over; unreadable ones are counted and named, and too many stop the run.
 """
 
 from __future__ import annotations
@@ -10,11 +12,20 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from xoron_core.errors import DataError
-from xoron_train.data.order import held_out, permutation
-from xoron_train.data.sources import Document, IndexedSource, StreamedSource, UnreadableError
+from xoron_train.conversation import HELD_OUT, TRAIN
+from xoron_train.data.order import permutation
+from xoron_train.data.sources import (
+    EMPTY,
+    IndexedSource,
+    Item,
+    StreamedSource,
+    UnreadableError,
+)
+
+T = TypeVar("T", bound=Item)
 
 logger = logging.getLogger("xoron.train")
 
@@ -53,8 +64,8 @@ class Unreadable:
             )
 
 
-class Cursor:
-    """An endless walk over one source's training documents.
+class Cursor(Generic[T]):
+    """An endless walk over one source's training items.
 
     Args:
         source: indexed or streamed.
@@ -65,7 +76,7 @@ class Cursor:
 
     def __init__(
         self,
-        source: IndexedSource | StreamedSource,
+        source: IndexedSource[T] | StreamedSource[T],
         *,
         seed: int,
         eval_fraction: float,
@@ -75,17 +86,17 @@ class Cursor:
         self.seed = seed
         self.eval_fraction = eval_fraction
         self.unreadable = Unreadable(source.name, max_unreadable)
-        self.empty = 0
+        self.passed: dict[str, int] = {}  # how many were not for training, by what they were
         self.epoch = 0
         self.position = 0
-        self._walk: Iterator[Document | UnreadableError] | None = None
-        self._used = 0  # documents of this epoch that were handed out
+        self._walk: Iterator[T | UnreadableError] | None = None
+        self._used = 0  # items of this epoch that were handed out
 
-    def next(self) -> Document:
-        """Returns the next training document.
+    def next(self) -> T:
+        """Returns the next training item.
 
         Raises:
-            DataError: if an epoch brings no document, or too many are unreadable.
+            DataError: if an epoch brings none, or too many are unreadable.
         """
         while True:
             if self._walk is None:
@@ -97,13 +108,13 @@ class Cursor:
             self.position += 1
             if isinstance(item, UnreadableError):
                 self.unreadable.note(item, self._documents_seen())
-            elif not item.text:
-                self.empty += 1
-            elif not held_out(item.text, self.eval_fraction):
+            elif (side := item.side(self.eval_fraction)) != TRAIN:
+                self.passed[side] = self.passed.get(side, 0) + 1
+            else:
                 self._used += 1
                 return item
 
-    def fresh(self) -> Cursor:
+    def fresh(self) -> Cursor[T]:
         """Returns a cursor over the same source, at its start."""
         return Cursor(
             self.source,
@@ -118,7 +129,7 @@ class Cursor:
             "epoch": self.epoch,
             "position": self.position,
             "used": self._used,
-            "empty": self.empty,
+            "passed": dict(self.passed),
             "unreadable": dict(self.unreadable.names),
             "fingerprint": self._fingerprint(),
         }
@@ -136,20 +147,19 @@ class Cursor:
                 " on exactly; restore them, or start a new run"
             )
         self.epoch, self.position = state["epoch"], state["position"]
-        self._used, self.empty = state["used"], state["empty"]
+        self._used, self.passed = state["used"], dict(state["passed"])
         self.unreadable.names = dict(state["unreadable"])
         self._walk = None
 
-    def _documents(self) -> Iterator[Document | UnreadableError]:
-        """This epoch's documents from `position` on."""
+    def _documents(self) -> Iterator[T | UnreadableError]:
+        """This epoch's items from `position` on."""
         if isinstance(self.source, StreamedSource):
             yield from self._blocks(self.source)
             return
         order = permutation(len(self.source), self.seed, self.source.name, self.epoch)
-        for index in order[self.position :].tolist():
-            yield _read(self.source, index)
+        yield from self.source.walk(order[self.position :].tolist())
 
-    def _blocks(self, source: StreamedSource) -> Iterator[Document | UnreadableError]:
+    def _blocks(self, source: StreamedSource[T]) -> Iterator[T | UnreadableError]:
         """The same for a stream, whose blocks are shuffled each in itself."""
         size = source.block_size
         block, done = divmod(self.position, size)
@@ -162,11 +172,15 @@ class Cursor:
 
     def _end_epoch(self) -> None:
         if not self._used:
+            passed = "".join(f", {count} {why}" for why, count in sorted(self.passed.items()))
             raise DataError(
                 f"mixture.{self.source.name}: no training document among {self.position}"
-                f" ({self.empty} empty, {len(self.unreadable.names)} unreadable, the rest held out"
-                f" by eval_fraction={self.eval_fraction}); add data or lower eval_fraction"
+                f" ({len(self.unreadable.names)} unreadable{passed}; eval_fraction is"
+                f" {self.eval_fraction}); add data or lower eval_fraction"
             )
+        apart = {why: n for why, n in self.passed.items() if why not in (EMPTY, HELD_OUT)}
+        if apart and not self.epoch:
+            logger.info("mixture.%s: of %d, left out: %s", self.source.name, self.position, apart)
         self.epoch, self.position, self._used, self._walk = self.epoch + 1, 0, 0, None
 
     def _documents_seen(self) -> int:
@@ -179,29 +193,25 @@ class Cursor:
 
 
 def held_out_documents(
-    source: IndexedSource | StreamedSource, *, eval_fraction: float, max_unreadable: float
-) -> Iterator[Document]:
-    """Yields the held-out documents in an order that no seed changes.
+    source: IndexedSource[T] | StreamedSource[T],
+    *,
+    eval_fraction: float,
+    max_unreadable: float,
+    side: str = HELD_OUT,
+) -> Iterator[T]:
+    """Yields the held-out items, or those of another side, in an order that no seed changes.
 
     Raises:
-        DataError: if too many documents are unreadable.
+        DataError: if too many are unreadable.
     """
     unreadable = Unreadable(source.name, max_unreadable)
     if isinstance(source, IndexedSource):
         total = len(source)
-        order = permutation(total, source.name, "held out").tolist()
-        walk: Iterator[Document | UnreadableError] = (_read(source, index) for index in order)
+        walk = source.walk(permutation(total, source.name, "held out").tolist())
     else:
         total, walk = 0, source.read_from(0)
     for seen, item in enumerate(walk, 1):
         if isinstance(item, UnreadableError):
             unreadable.note(item, total or max(seen, _SMALLEST_SAMPLE))
-        elif item.text and held_out(item.text, eval_fraction):
+        elif item.side(eval_fraction) == side:
             yield item
-
-
-def _read(source: IndexedSource, index: int) -> Document | UnreadableError:
-    try:
-        return source.read(index)
-    except UnreadableError as error:
-        return error

@@ -34,5 +34,15 @@ def held_out(text: str, fraction: float) -> bool:
     return _digest(text.encode("utf-8", "surrogatepass")) < fraction * (_MASK + 1)
 
 
+def below(digest: bytes, fraction: float) -> bool:
+    """Whether a digest of at least 8 bytes falls into the held-out share."""
+    return int.from_bytes(digest[:8], "little") < fraction * (_MASK + 1)
+
+
+def choice(size: int, *key: int | str) -> int:
+    """Returns a number in `range(size)`, decided by `key`, nearly uniform."""
+    return _digest(repr(key).encode()) % size
+
+
 def _digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") & _MASK

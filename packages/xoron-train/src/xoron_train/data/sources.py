@@ -11,13 +11,16 @@ import glob
 import hashlib
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from xoron_core.errors import DataError
-from xoron_train.recipe import SourceConfig
+from xoron_train.conversation import HELD_OUT, TRAIN
+from xoron_train.data.config import SourceConfig
+from xoron_train.data.order import held_out
 
+EMPTY = "empty"
 _THIRD_PARTY = ("site-packages", "dist-packages")
 
 
@@ -26,6 +29,26 @@ class Document(NamedTuple):
 
     name: str
     text: str
+
+    def side(self, eval_fraction: float) -> str:
+        """`train`, `held-out` or `empty`."""
+        if not self.text:
+            return EMPTY
+        return HELD_OUT if held_out(self.text, eval_fraction) else TRAIN
+
+
+class Item(Protocol):
+    """What a source gives: a document or a conversation."""
+
+    @property
+    def name(self) -> str:
+        """What it is reported under."""
+
+    def side(self, eval_fraction: float) -> str:
+        """`train`, `held-out`, or why it is neither."""
+
+
+T = TypeVar("T", bound=Item)
 
 
 class UnreadableError(Exception):
@@ -36,9 +59,12 @@ class UnreadableError(Exception):
         self.name = name
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[UnreadableError], tuple[str, str]]:
+        return type(self), (self.name, self.reason)  # it may come from a worker process
 
-class IndexedSource(ABC):
-    """Documents by index."""
+
+class IndexedSource(ABC, Generic[T]):
+    """Documents or conversations by index."""
 
     name: str
 
@@ -47,27 +73,40 @@ class IndexedSource(ABC):
         """Number of documents, readable or not."""
 
     @abstractmethod
-    def read(self, index: int) -> Document:
-        """Returns one document, or raises `UnreadableError`."""
+    def read(self, index: int) -> T:
+        """Returns one of them, or raises `UnreadableError`."""
+
+    def walk(self, indices: Iterable[int]) -> Iterator[T | UnreadableError]:
+        """Yields those of the given indices, in that order, or why one cannot be read."""
+        return map(self.attempt, indices)
+
+    def attempt(self, index: int) -> T | UnreadableError:
+        """One of them, or why it cannot be read."""
+        try:
+            return self.read(index)
+        except UnreadableError as error:
+            return error
 
     @abstractmethod
     def fingerprint(self) -> str:
         """A string that changes when documents come, go or change size."""
 
 
-class StreamedSource(ABC):
+class StreamedSource(ABC, Generic[T]):
     """Documents in one fixed order."""
 
     name: str
     block_size: int
 
     @abstractmethod
-    def read_from(self, start: int) -> Iterator[Document | UnreadableError]:
+    def read_from(self, start: int) -> Iterator[T | UnreadableError]:
         """Yields the documents from number `start` on, or why one cannot be read."""
 
 
-def open_source(name: str, config: SourceConfig) -> IndexedSource | StreamedSource:
-    """Opens a source of a recipe.
+def open_source(
+    name: str, config: SourceConfig
+) -> IndexedSource[Document] | StreamedSource[Document]:
+    """Opens a source of text documents.
 
     Raises:
         DataError: if it is missing or empty, saying where it was looked for.
@@ -79,7 +118,7 @@ def open_source(name: str, config: SourceConfig) -> IndexedSource | StreamedSour
     return TableSource(name, config)
 
 
-class FileSource(IndexedSource):
+class FileSource(IndexedSource[Document]):
     """One document per file below a folder. Files are read as UTF-8, bytes for bytes."""
 
     def __init__(self, name: str, config: SourceConfig) -> None:
@@ -125,12 +164,12 @@ class FileSource(IndexedSource):
         return digest.hexdigest()
 
 
-class TableSource(IndexedSource):
+class TableSource(IndexedSource[Document]):
     """A column of a `datasets.Dataset`: memory-mapped, read by index."""
 
     def __init__(self, name: str, config: SourceConfig) -> None:
         self.name = name
-        self.column = "text" if config.kind == "text" else config.field
+        self.column = config.column
         self.table = _load(name, config, streaming=False)
         if not len(self.table):
             raise DataError(f"mixture.{name}: {config.path} holds no document")
@@ -146,13 +185,13 @@ class TableSource(IndexedSource):
         return f"{len(self.table)} rows"
 
 
-class TableStream(StreamedSource):
+class TableStream(StreamedSource[Document]):
     """A column of a `datasets.IterableDataset`: read on, nothing prepared first."""
 
     def __init__(self, name: str, config: SourceConfig) -> None:
         self.name = name
         self.block_size = config.block_size
-        self.column = "text" if config.kind == "text" else config.field
+        self.column = config.column
         self.table = _load(name, config, streaming=True)
         if self.table.column_names is not None:
             _require_column(name, self.column, self.table.column_names)

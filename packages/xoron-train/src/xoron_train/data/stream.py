@@ -1,39 +1,34 @@
-"""The training stream: a mixture of sources, tokenised and packed into global rows.
+"""The training stream: a mixture of text and conversations, as global rows.
 
 Every process walks the same stream and takes its own rows of each optimizer step's window, so that
 which row is trained in which step depends neither on the number of processes nor on how the window
-is cut into micro-batches. It costs each process the tokenisation of the whole window.
+is cut into micro-batches. It costs each process the tokenisation of the whole window, and the
+reading of its media.
 
-The mixture holds the shares of *tokens*: the next document comes from the source that is furthest
-behind its weight. No random choice is involved, so there is no sampling state to restore.
+Text is packed into rows of one length (`text_rows`); a conversation is a row of its own. Between
+text as a whole and each source of conversations the mixture holds the shares of *positions*, as it
+does within text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from xoron_core.errors import ConfigError
 from xoron_train.data.cursor import Cursor, held_out_documents
-from xoron_train.data.order import permutation
 from xoron_train.data.packing import Packer, Row
-from xoron_train.data.sources import open_source
+from xoron_train.data.sources import Document, open_source
+from xoron_train.data.talks import Talk, TalkSource
+from xoron_train.data.text_rows import StreamState, TextRows, furthest_behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from xoron_train.recipe import Recipe
-
-
-class StreamState(NamedTuple):
-    """Attributes: data, plain and JSON-able; tensors, by name."""
-
-    data: dict[str, Any]
-    tensors: dict[str, Tensor]
 
 
 class DocumentTokens:
@@ -64,27 +59,57 @@ class DocumentTokens:
 class TrainStream:
     """Endless rows of a recipe's training mixture.
 
-    Rows are shuffled in blocks of `shuffle_rows`: a long document fills many rows in sequence, and
-    they would otherwise make up whole optimizer steps.
-
     Args:
         recipe: its mixture, seed, split, row length and shuffling are used.
         tokenize: text to the ids of a document.
+        talks: the mixture's sources of conversations, read for training.
     """
 
-    def __init__(self, recipe: Recipe, tokenize: DocumentTokens) -> None:
-        self.tokenize = tokenize
-        self.weights = {name: config.weight for name, config in recipe.mixture.items()}
-        self.cursors = {name: _cursor(recipe, name) for name in recipe.mixture}
-        self.drawn = dict.fromkeys(self.cursors, 0)  # tokens taken from each source
-        self.packer = Packer(recipe.sequence_length)
-        self.seed = recipe.seed
-        self.shuffle_rows = recipe.shuffle_rows
-        self.blocks = 0  # blocks packed so far
-        self.block: list[Row] = []  # rows of the current one that are still to come
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenize: DocumentTokens,
+        *,
+        talks: Mapping[str, TalkSource] | None = None,
+    ) -> None:
+        weights = {name: config.weight for name, config in recipe.mixture.items()}
+        texts = [n for n, config in recipe.mixture.items() if not config.holds_conversations]
+        self.texts = {name: _cursor(recipe, name) for name in texts}
+        self.talks = {
+            name: Cursor(
+                source,
+                seed=recipe.seed,
+                eval_fraction=recipe.eval_fraction,
+                max_unreadable=recipe.max_unreadable,
+            )
+            for name, source in (talks or {}).items()
+        }
+        self.text_rows = TextRows(
+            self.texts,
+            weights={name: weights[name] for name in texts},
+            tokenize=tokenize,
+            length=recipe.sequence_length,
+            shuffle_rows=recipe.shuffle_rows,
+            seed=recipe.seed,
+        )
+        # Text as a whole stands under the empty name, which no source can have.
+        self.weights = {name: weights[name] for name in self.talks}
+        if texts:
+            self.weights = {"": sum(weights[name] for name in texts), **self.weights}
+        self.positions = dict.fromkeys(self.weights, 0)
+
+    @property
+    def cursors(self) -> dict[str, Cursor[Any]]:
+        """The walk over each source."""
+        return {**self.texts, **self.talks}
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """Tokens or positions taken from each source."""
+        return {**self.text_rows.drawn, **{name: self.positions[name] for name in self.talks}}
 
     def check(self) -> None:
-        """Reads one training document of each source, without moving the stream.
+        """Reads one training item of each source, without moving the stream.
 
         Raises:
             DataError: if there is none.
@@ -92,29 +117,23 @@ class TrainStream:
         for cursor in self.cursors.values():
             cursor.fresh().next()
 
-    def rows(self, count: int) -> list[Row]:
+    def rows(self, count: int) -> list[Row | Talk]:
         """Returns the next `count` rows.
 
         Raises:
-            DataError: if a source has no training document, or too many unreadable ones.
+            DataError: if a source has nothing to train on, or too much that is unreadable.
         """
-        rows: list[Row] = []
-        while len(rows) < count:
-            if not self.block:
-                self._pack_block()
-            taken = min(len(self.block), count - len(rows))
-            rows += self.block[:taken]
-            self.block = self.block[taken:]
-        return rows
+        return [self._row() for _ in range(count)]
 
     def state_dict(self) -> StreamState:
         """Everything that decides the rows to come."""
+        text = self.text_rows.state_dict()
         data = {
             "sources": {name: cursor.state_dict() for name, cursor in self.cursors.items()},
-            "drawn": dict(self.drawn),
-            "blocks": self.blocks,
+            "positions": dict(self.positions),
+            **text.data,
         }
-        return StreamState(data, {**self.packer.state_dict(), **_stack(self.block)})
+        return StreamState(data, text.tensors)
 
     def load_state_dict(self, state: StreamState) -> None:
         """Goes on where `state_dict` was taken.
@@ -124,55 +143,31 @@ class TrainStream:
         """
         for name, cursor in self.cursors.items():
             cursor.load_state_dict(state.data["sources"][name])
-        self.drawn = dict(state.data["drawn"])
-        self.blocks = state.data["blocks"]
-        self.block = _unstack(state.tensors)
-        self.packer.load_state_dict(state.tensors)
+        self.positions = dict(state.data["positions"])
+        self.text_rows.load_state_dict(state)
 
-    def _pack_block(self) -> None:
-        rows: list[Row] = []
-        while len(rows) < self.shuffle_rows:
-            row = self.packer.pop()
-            if row is None:
-                self._draw()
-            else:
-                rows.append(row)
-        order = permutation(len(rows), self.seed, "rows", self.blocks)
-        self.block = [rows[index] for index in order.tolist()]
-        self.blocks += 1
-
-    def _draw(self) -> None:
-        name = max(self.cursors, key=self._deficit)
-        tokens = self.tokenize(self.cursors[name].next().text)
-        self.drawn[name] += len(tokens)
-        self.packer.add(tokens)
-
-    def _deficit(self, name: str) -> float:
-        share = self.weights[name] / sum(self.weights.values())
-        return share * sum(self.drawn.values()) - self.drawn[name]
+    def _row(self) -> Row | Talk:
+        name = furthest_behind(self.positions, self.weights)
+        row: Row | Talk = self.talks[name].next() if name else self.text_rows.rows(1)[0]
+        self.positions[name] += row_length(row)
+        return row
 
 
-def _cursor(recipe: Recipe, source: str) -> Cursor:
+def row_length(row: Row | Talk) -> int:
+    """Positions that a row takes, padding included."""
+    if isinstance(row, Row):
+        return len(row.tokens)
+    assert row.plan is not None
+    return len(row.plan.input_ids)
+
+
+def _cursor(recipe: Recipe, source: str) -> Cursor[Document]:
     return Cursor(
         open_source(source, recipe.mixture[source]),
         seed=recipe.seed,
         eval_fraction=recipe.eval_fraction,
         max_unreadable=recipe.max_unreadable,
     )
-
-
-def _stack(rows: list[Row]) -> dict[str, Tensor]:
-    """Rows as tensors (rows, N), int32 to keep checkpoints small."""
-    columns = zip(*rows, strict=True) if rows else [[]] * len(Row._fields)
-    return {
-        f"block.{name}": torch.from_numpy(np.array(column, np.int32))
-        for name, column in zip(Row._fields, columns, strict=True)
-    }
-
-
-def _unstack(tensors: dict[str, Tensor]) -> list[Row]:
-    columns = [tensors[f"block.{name}"].numpy().astype(np.int64) for name in Row._fields]
-    return [Row(*arrays) for arrays in zip(*columns, strict=True)]
 
 
 def held_out_rows(

@@ -1,0 +1,154 @@
+"""Scenes: one to three digits and shapes at random places, in random colours and sizes.
+
+A *combination* is what a thing is with its colour, e.g. a red 7. Every sixth combination (one per
+digit or shape, two or three per colour) is withheld: it never lies in a scene that is trained on,
+though its digit and its colour do.
+
+Shapes: S side of the image in pixels, s side of a thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from xoron_train.tasks.digits.scans import Scans
+
+IMAGE_SIZE = 64
+COLOURS = {
+    "red": (240, 60, 60),
+    "green": (60, 220, 80),
+    "blue": (80, 120, 255),
+    "yellow": (240, 220, 50),
+    "pink": (250, 110, 225),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle")
+KINDS = (*(str(digit) for digit in range(10)), *SHAPES)
+
+_SIDES = (22, 28)
+_MARGIN = 1
+# Centres as far apart as this: no two things are equally far to the left.
+_APART = 8
+# Share of digits among the things: there are more of them to tell apart than shapes.
+_DIGITS = 0.6
+_TRIES = 32
+_COUNT_WEIGHTS = (0.2, 0.3, 0.5)
+_SHADE = 15
+_NOISE = 5.0
+_GROUND = (0, 30)
+# Makes thin strokes as bright as their colour.
+_BOLD = 1.4
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One digit or shape.
+
+    Attributes:
+        kind: of `KINDS`.
+        colour: of `COLOURS`.
+        x, y: its left and upper edge in pixels.
+        side: of its square, in pixels.
+        scan: index of a digit's scan in its side of the split; -1 for a shape.
+    """
+
+    kind: str
+    colour: str
+    x: int
+    y: int
+    side: int
+    scan: int
+
+    @property
+    def is_digit(self) -> bool:
+        """Whether it is a digit."""
+        return self.scan >= 0
+
+    @property
+    def center(self) -> float:
+        """Of its square, from the left."""
+        return self.x + self.side / 2
+
+
+Scene = tuple[Thing, ...]
+
+
+def withheld(kind: str, colour: str) -> bool:
+    """Whether this combination is kept out of training."""
+    return KINDS.index(kind) % len(COLOURS) == list(COLOURS).index(colour)
+
+
+def draw_scene(rng: np.random.Generator, scans: Scans, *, unseen: bool) -> Scene:
+    """Draws a scene, its things from left to right.
+
+    Args:
+        rng: of this scene alone.
+        scans: that its digits are taken from.
+        unseen: whether all its things are combinations that are withheld; else none is.
+    """
+    count = int(rng.choice(3, p=_COUNT_WEIGHTS)) + 1
+    sides = rng.integers(_SIDES[0], _SIDES[1] + 1, count)
+    things = []
+    for side, (x, y) in zip(sides, _places(rng, sides), strict=True):
+        digit = rng.random() < _DIGITS
+        kind = str(rng.integers(10)) if digit else SHAPES[rng.integers(len(SHAPES))]
+        allowed = [colour for colour in COLOURS if withheld(kind, colour) == unseen]
+        colour = allowed[rng.integers(len(allowed))]
+        scan = int(rng.choice(scans.by_digit[int(kind)])) if digit else -1
+        things.append(Thing(kind, colour, int(x), int(y), int(side), scan))
+    return tuple(sorted(things, key=lambda thing: thing.center))
+
+
+def _places(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray:
+    """Upper left corners (n, 2) of squares that do not touch, in n columns apart."""
+    n = len(sides)
+    room = IMAGE_SIZE - _MARGIN - sides[:, None] + 1
+    reach = (sides[:, None] + sides) / 2 + 1
+    while True:
+        corners = rng.integers(_MARGIN, room, (_TRIES, n, 2))
+        centers = corners + sides[:, None] / 2
+        apart = np.abs(centers[:, :, None] - centers[:, None])
+        fine = (apart.max(-1) >= reach) & (apart[..., 0] >= _APART) | np.eye(n, dtype=bool)
+        if (good := np.flatnonzero(fine.all((1, 2)))).size:
+            return corners[good[0]]
+
+
+def render(scene: Scene, scans: Scans, rng: np.random.Generator) -> np.ndarray:
+    """The image of a scene on a dark ground with a little noise: (S, S, 3) uint8."""
+    ground = rng.uniform(*_GROUND, 3)
+    noise = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
+    image = noise * _NOISE + ground
+    for thing in scene:
+        colour = np.array(COLOURS[thing.colour]) + rng.uniform(-_SHADE, _SHADE, 3)
+        if thing.is_digit:
+            spread = _spread(thing.side)
+            ink = np.minimum(1, _BOLD * (spread @ scans.images[thing.scan] @ spread.T))
+        else:
+            ink = _shape(thing.kind, thing.side)
+        place = image[thing.y : thing.y + thing.side, thing.x : thing.x + thing.side]
+        place += ink[..., None] * (colour - place)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+@cache
+def _spread(side: int) -> np.ndarray:
+    """(s, 8): bilinear interpolation of 8 pixels to s."""
+    place = np.clip((np.arange(side) + 0.5) * 8 / side - 0.5, 0, 7)
+    return np.clip(1 - np.abs(place[:, None] - np.arange(8)), 0, 1).astype(np.float32)
+
+
+@cache
+def _shape(kind: str, side: int) -> np.ndarray:
+    """(s, s): 1 inside of the shape, 0 outside."""
+    y, x = np.mgrid[0:side, 0:side] - (side - 1) / 2
+    radius = side / 2
+    if kind == "circle":
+        inside = x**2 + y**2 <= radius**2
+    elif kind == "square":
+        inside = np.maximum(np.abs(x), np.abs(y)) <= 0.85 * radius
+    else:
+        inside = np.abs(x) <= (y + radius) / 2
+    return inside.astype(np.float32)
