@@ -7,6 +7,7 @@ A and the Xoron preset are planned on the meta device.
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ import xoron_core
 from xoron_core.cli.app import invoke
 from xoron_core.composer.composition import read_composition
 from xoron_core.composer.planner import plan
-from xoron_core.errors import CompositionError, PluginError, SequenceError
+from xoron_core.encode import grouped, load_ahead
+from xoron_core.errors import CompositionError, DataError, PluginError, SequenceError
 from xoron_core.plugins import registry
 from xoron_core.session import Session
 
@@ -94,6 +96,62 @@ def test_encode_pads_images_of_different_lengths_and_masks_it(images):
     assert together.mask.sum(-1).tolist() == lengths
     for row, one in zip(together.values, alone, strict=True):
         assert torch.equal(row[: one.values.shape[1]], one.values[0])
+
+
+def test_many_images_come_back_in_order_and_a_broken_one_is_named(folder, images, tmp_path):
+    model, _ = xoron_core.load(folder)
+    each = [model.encode(path).values[0] for path in images]
+    many = [images[i % 3] for i in range(20)]
+    got = model.encode(many, batch_size=6).values
+    for index, row in enumerate(got):
+        torch.testing.assert_close(row, each[index % 3], rtol=0, atol=1e-5)
+    (tmp_path / "cut.png").write_bytes(images[0].read_bytes()[:100])
+    model.train()
+    with pytest.raises(DataError, match=r"cut\.png"):
+        model.encode([*many, tmp_path / "cut.png"])
+    assert model.training
+    with pytest.raises(SequenceError, match="batch_size is 0, expected 1 or more"):
+        model.encode(images, batch_size=0)
+
+
+def test_loading_ahead_is_in_order_bounded_and_beside_the_caller():
+    pulled, second = [], threading.Event()
+
+    def items():
+        for index in range(10):
+            pulled.append(index)
+            yield index
+
+    def load(index):
+        if index == 1:
+            second.set()
+        return {"index": index}
+
+    stream = load_ahead(load, items(), count=3)
+    assert next(stream) == {"index": 0}
+    assert second.wait(30)  # loaded although nobody has asked for it
+    assert pulled == [0, 1, 2]
+    assert next(stream) == {"index": 1}
+    assert pulled == [0, 1, 2, 3]
+    assert [item["index"] for item in stream] == list(range(2, 10))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "features", "want"),
+    [
+        ([200] * 8, 8, 1024, [5, 3]),
+        ([200] * 8, 3, 1024, [3, 3, 2]),
+        ([200] * 8, 8, None, [8]),
+        ([2000, 10, 10, 2000, 3000], 8, 1024, [1, 2, 1, 1]),
+        ([100, 100, 600, 100], 8, 1024, [2, 1, 1]),  # padded to 600, three would be 1800
+        ([512, 512, 1], 8, 1024, [2, 1]),
+    ],
+)
+def test_groups_hold_what_fits_with_its_padding(sizes, count, features, want):
+    items = [{"size": size} for size in sizes]
+    made = list(grouped(items, lambda item: item["size"], count=count, features=features))
+    assert [len(group) for group in made] == want
+    assert [item for group in made for item in group] == items
 
 
 @pytest.fixture
@@ -225,6 +283,7 @@ def test_track_a_writes_its_own_placeholder_sixty_four_times_between_two_markers
             "tokenizer={use: byte}",
             "backbone={use: xoron-moe, preset: tiny, num_layers: 2}",
             "image.encoder={use: siglip, preset: tiny, freeze: true}",
+            "tokens={placeholders: {image: <image_patch>}}",  # not Qwen's markers and groups
         ],
     )
     picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -306,8 +365,8 @@ def test_over_a_pretrained_base_images_stand_in_the_bases_own_template(qwen3):
     batch = processor(talk, train=True)
     ids = batch["input_ids"][0]
     strings = processor.tokenizer.convert_ids_to_tokens(ids)
-    block = ["<|image|>", *["<image_patch>"] * 64, "<|/image|>"]
-    places = [i for i, s in enumerate(strings) if s == "<|image|>"]
+    block = ["<|vision_start|>", *["<image_patch>"] * 64, "<|vision_end|>"]
+    places = [i for i, s in enumerate(strings) if s == "<|vision_start|>"]
     assert [strings[i : i + 66] for i in places] == [block, block]
     assert strings.count("<image_patch>") == 128
     assert strings[0] == "<|im_start|>"

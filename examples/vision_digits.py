@@ -1,0 +1,150 @@
+"""The vision demo: compose a tiny model that takes images, teach it scanned digits, and judge it.
+
+    python examples/vision_digits.py [--steps N] [--out DIR] [--smoke]
+
+It prints how often the trained model answers exactly right, by kind of question: on other people's
+handwriting (`held-out`) and on things in colours that they never had in training (`unseen`), beside
+
+    zeroed   the same questions with the image features set to zero
+    chance   always the most frequent answer to that kind of question in training
+    text     always the most frequent answer to that very text in training
+
+and leaves in the output folder
+
+    untrained/     the composed model folder
+    run/model/     the trained one (`xoron generate` opens it), beside metrics and checkpoints
+
+The exit code is 1 if it misses 90 % on held-out, 70 % on unseen, or if the zeroed control does
+better than the text. `--smoke` makes a few steps, to see that everything runs; it judges nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# `tiny` with an encoder that learns from few images and a smaller backbone.
+OVERRIDES = (
+    "image.encoder.use=conv-vit",
+    "image.projector.use=mlp",
+    "backbone.use_moe=false",
+    "backbone.intermediate_size=256",
+)
+GOALS = {"held-out": 0.9, "unseen": 0.7}
+# What a control may be above what the text gives away: three standard errors of 1,000 answers.
+_SLACK = 0.05
+_KINDS = ("digit", "colour", "count", "side")
+_COLUMNS = ("model", "zeroed", "chance", "text")
+Scores = dict[str, dict[str, float]]
+
+
+def main() -> int:
+    """Runs the demo and returns the exit code."""
+    parser = argparse.ArgumentParser(description="Compose, train and judge a model that sees.")
+    parser.add_argument("--steps", type=int, help="optimizer steps; the recipe's if not given")
+    parser.add_argument("--out", type=Path, help="an empty folder; runs/vision-digits-N if none")
+    parser.add_argument("--smoke", action="store_true", help="only see that everything runs")
+    options = parser.parse_args()
+    _set_up_logging()
+    from xoron_core.errors import XoronError
+
+    try:
+        return demo(options.out or _free_folder(), steps=options.steps, smoke=options.smoke)
+    except XoronError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def demo(out: Path, *, steps: int | None, smoke: bool) -> int:
+    """Composes, trains, judges and reports."""
+    from xoron_core.api import compose, save
+    from xoron_train import load_recipe, train
+
+    begun = time.monotonic()
+    model, processor = compose(preset="tiny", plugins="llm,vision", overrides=OVERRIDES)
+    save(model, processor, out / "untrained")
+    recipe = load_recipe("vision-digits", _overrides(steps, smoke))
+    result = train(recipe, out / "run", model=out / "untrained")
+    minutes = (time.monotonic() - begun) / 60
+    records = result.evaluation["evaluations"]
+    print(f"parameters       {sum(p.numel() for p in model.parameters()):>12,}")
+    print(f"optimizer steps  {result.steps:>12,}\nminutes in all   {minutes:>12.1f}")
+    missed = []
+    for split, goal in GOALS.items():
+        scores = _scores(records[split], recipe.mixture["digits"].options, split)
+        _print(split, scores)
+        missed += _missed(split, scores["all"], goal)
+    print(f"model:  {result.model_folder}")
+    if smoke or not missed:
+        return 0
+    print("\n".join(missed), file=sys.stderr)
+    return 1
+
+
+def _overrides(steps: int | None, smoke: bool) -> list[str]:
+    overrides = []
+    if smoke:
+        overrides += ["max_steps=3", "warmup_steps=1", "eval_every=2", "eval_batches=1"]
+        overrides += ["final_eval_batches=1", "evaluations.seeing.samples=8"]
+        overrides += [f"evaluations.{split}.samples=8" for split in GOALS]
+    if steps is not None:
+        overrides.append(f"max_steps={steps}")
+    return overrides
+
+
+def _scores(record: Mapping[str, Any], options: Mapping[str, Any], split: str) -> Scores:
+    """Shares of right answers, in all and by kind, for each of the columns."""
+    from xoron_train.tasks.digits.baselines import Guesses
+    from xoron_train.tasks.digits.dataset import digits
+
+    asked = digits(split, **options)
+    chance, text = Guesses(seed=asked.options.seed).scores(asked, samples=record["samples"])
+    zeroed = record["controls"]["zeroed"]
+    scores = {"all": (record["score"], zeroed["score"], chance["all"], text["all"])}
+    for kind in _KINDS:
+        ours, control = record["kinds"][kind]["score"], zeroed["kinds"][kind]["score"]
+        scores[kind] = (ours, control, chance[kind], text[kind])
+    return {kind: dict(zip(_COLUMNS, row, strict=True)) for kind, row in scores.items()}
+
+
+def _missed(split: str, scores: Mapping[str, float], goal: float) -> list[str]:
+    found = []
+    if scores["model"] < goal:
+        found.append(f"{split}: {scores['model']:.1%} right, the goal is {goal:.0%}")
+    if scores["zeroed"] > max(scores["chance"], scores["text"]) + _SLACK:
+        found.append(f"{split}: {scores['zeroed']:.1%} right without the image, more than chance")
+    return found
+
+
+def _print(split: str, scores: Scores) -> None:
+    print(f"\n{split:10}" + "".join(f"{column:>10}" for column in _COLUMNS))
+    for kind, row in scores.items():
+        print(f"{kind:10}" + "".join(f"{row[column]:10.1%}" for column in _COLUMNS))
+
+
+def _free_folder() -> Path:
+    number = 1
+    while (folder := Path("runs") / f"vision-digits-{number}").exists():
+        number += 1
+    return folder
+
+
+def _set_up_logging() -> None:
+    # Before transformers is imported, which reads these once.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("xoron")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
