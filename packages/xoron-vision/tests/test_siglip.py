@@ -27,7 +27,7 @@ from transformers import (
 
 from xoron_core.components import Context
 from xoron_core.errors import ConfigError, FolderError
-from xoron_vision.config import SiglipConfig
+from xoron_vision.config import SiglipConfig, read_preprocess
 from xoron_vision.image import sample_image
 from xoron_vision.siglip import SiglipEncoder, resize_positions
 
@@ -86,6 +86,26 @@ def test_pixels_and_features_are_those_of_transformers_pipeline(checkpoint):
     torch.testing.assert_close(got.values, want, rtol=0, atol=1e-5)
     grid = [[i // 4, i % 4] for i in range(16)]
     assert got.positions.tolist() == [grid] * len(images)
+
+
+@pytest.mark.parametrize("left_out", ["do_rescale", "do_normalize"])
+def test_what_a_checkpoint_leaves_out_is_left_out(checkpoint, left_out):
+    path, _, processor = checkpoint
+    setattr(processor, left_out, False)
+    processor.save_pretrained(path)
+    part = encoder(path=str(path))
+    image = picture(40, 30)
+    theirs = processor([image], return_tensors="pt")["pixel_values"][0]
+    ours = part.processor(part.config).load(image)["pixel_values"]
+    torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_preprocessor_that_is_merely_not_cached_is_not_taken_for_absent(monkeypatch, tmp_path):
+    """Offline with a cached config.json alone, how pixels are normalised would be a guess."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json cannot be fetched"):
+        read_preprocess("someone/tower")
 
 
 def test_the_towers_own_folder_gives_the_same_as_the_model_of_both(checkpoint, tmp_path):

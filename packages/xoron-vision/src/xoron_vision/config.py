@@ -243,6 +243,10 @@ def read_preprocess(path: str) -> dict[str, Any]:
     data = _read(path, "preprocessor_config.json", required=False)
     names = {"image_mean": "mean", "image_std": "std", "rescale_factor": "scale"}
     found = {ours: data[theirs] for theirs, ours in names.items() if theirs in data}
+    if data.get("do_rescale") is False:
+        found["scale"] = 1.0
+    if data.get("do_normalize") is False:
+        found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if (number := data.get("resample")) is not None:
         if number not in _RESAMPLE:
             raise ConfigError(
@@ -278,12 +282,17 @@ def _read(path: str, name: str, *, required: bool) -> dict[str, Any]:
 
 def _download(name: str, file: str, *, required: bool) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(name, file))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        if not required and isinstance(error, EntryNotFoundError):
+        # Of a file that is merely not cached, nothing is known while offline.
+        if not required and isinstance(error, RemoteEntryNotFoundError):
             return None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
