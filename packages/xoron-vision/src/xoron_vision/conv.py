@@ -21,6 +21,7 @@ from xoron_core.nn.joint_attention import JointBlock
 from xoron_core.nn.rope_axes import axial_tables
 from xoron_vision.config import ConvVitConfig, Preprocess
 from xoron_vision.processing import FixedSize
+from xoron_vision.siglip import grid_positions
 
 # Wavelength of the slowest wave, over 2 pi, in features.
 _LONGEST = 100.0
@@ -62,8 +63,7 @@ class ConvVitEncoder(Encoder):
         grid = self.stem(pixel_values)
         h, w = grid.shape[-2:]
         values = rearrange(grid, "M D h w -> M (h w) D")
-        rows, columns = (torch.arange(n, device=values.device) for n in (h, w))
-        places = torch.cartesian_prod(rows, columns).view(1, -1, 2).float()
+        places = grid_positions(torch.tensor([[h, w]], device=values.device), h * w)
         waves = grid_waves(places, values.shape[-1])
         values = values + _AMPLITUDE * waves.to(values.dtype)
         head_dim = self.config.hidden_size // self.config.num_heads

@@ -79,7 +79,7 @@ class SiglipEncoder(Encoder):
             spatial_shapes=spatial_shapes,
         )
         values = cast(Tensor, output.last_hidden_state)
-        positions = native_positions(spatial_shapes, values.shape[1])
+        positions = grid_positions(spatial_shapes, values.shape[1])
         return Features(values, pixel_attention_mask.bool(), positions)
 
     def _fixed(self, pixel_values: Tensor) -> Features:
@@ -91,10 +91,9 @@ class SiglipEncoder(Encoder):
             interpolate_pos_encoding=self.config.size != self.config.own_size,
         )
         values = cast(Tensor, output.last_hidden_state)
-        rows, columns = (torch.arange(n, device=values.device) for n in (h, w))
-        grid = torch.cartesian_prod(rows, columns).view(-1, 2)
+        grid = grid_positions(torch.tensor([[h, w]], device=values.device), h * w)
         mask = values.new_ones(values.shape[:2], dtype=torch.bool)
-        return Features(values, mask, grid.float().expand(len(values), -1, -1))
+        return Features(values, mask, grid.expand(len(values), -1, -1))
 
     def _nothing(self) -> Features:
         """No image: transformers' towers cannot reshape what is empty."""
@@ -184,7 +183,7 @@ def load_tower(tower: PreTrainedModel, path: str) -> None:
     tower.load_state_dict(source.state_dict())
 
 
-def native_positions(shapes: Tensor, length: int) -> Tensor:
+def grid_positions(shapes: Tensor, length: int) -> Tensor:
     """(M, 2) grids to (M, L, 2) fp32 rows and columns; beyond h * w they mean nothing."""
     index = torch.arange(length, device=shapes.device)
     width = shapes[:, 1:]
@@ -205,7 +204,7 @@ def resize_positions(table: Tensor, shapes: Tensor, max_length: int) -> Tensor:
     Returns:
         (M, L, E), zero beyond h * w.
     """
-    place = native_positions(shapes, max_length)
+    place = grid_positions(shapes, max_length)
     rows = _triangle_weights(place[..., 0], shapes[:, :1], table.shape[0])
     columns = _triangle_weights(place[..., 1], shapes[:, 1:], table.shape[1])
     mixed = torch.einsum("mls,mlt,ste->mle", rows, columns, table.float())
