@@ -19,6 +19,21 @@ from xoron_train import train
 from xoron_train.metrics import read_metrics
 from xoron_train.recipe import Recipe
 
+# The command line, refusing to end the process group while something of DDP's could still free it.
+_MAIN = """
+import gc
+import torch.distributed as dist
+from xoron_core.cli import main
+
+def destroy(group=None, *, real=dist.destroy_process_group):
+    left = [o for o in gc.get_objects() if type(o).__name__ == "DistributedDataParallel"]
+    assert not left, "the model outlives its process group: this can hang"
+    print("process group ends")
+    real(group)
+
+dist.destroy_process_group = destroy
+main()
+"""
 _CHANGES = {"max_steps": 8, "save_every": 4, "eval_every": 4, "batch_size": 3}
 
 
@@ -33,7 +48,7 @@ def test_two_processes_equal_one(
     recipe = recipe_file(**_CHANGES, gradient_accumulation_steps=2)
     two = tmp_path / "two"
     script = tmp_path / "main.py"
-    script.write_text("from xoron_core.cli import main\nmain()\n")
+    script.write_text(_MAIN)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     arguments = ["train", str(recipe), "--model", str(model), "-o", str(two)]
     done = subprocess.run(
@@ -45,6 +60,7 @@ def test_two_processes_equal_one(
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("process group ends") == 2
     assert done.stdout.count("held-out bits per byte") == 1  # one process speaks for all
     one = tmp_path / "one"
     alone = new_recipe(**_CHANGES, gradient_accumulation_steps=4)

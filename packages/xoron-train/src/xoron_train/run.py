@@ -111,17 +111,20 @@ def train(
         trainer.chosen.finish(run)
         save(loaded, processor, folder)
     accelerator.wait_for_everyone()
+    step, failed = trainer.step, trainer.judge.failures(final)
+    # Process groups that are left to the interpreter's exit may abort it. Before them goes what DDP
+    # made of the model: its reducer would free the group with Python's lock held and wait for a
+    # thread of the group that waits for the lock.
+    del trainer
+    accelerator.free_memory()
     if accelerator.num_processes > 1:
-        # Process groups that are left to the interpreter's exit may abort it.
         accelerator.end_training()
-    if failed := trainer.judge.failures(final):
+    if failed:
         raise XoronError(
             f"{folder}: the model is trained and saved, but required evaluations did not pass:"
             f" {'; '.join(failed)}"
         )
-    return Result(
-        folder, trainer.step, final, time.monotonic() - begun, accelerator.is_main_process
-    )
+    return Result(folder, step, final, time.monotonic() - begun, accelerator.is_main_process)
 
 
 def _require_supported(accelerator: Accelerator) -> None:
