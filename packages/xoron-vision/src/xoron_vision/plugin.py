@@ -87,6 +87,26 @@ _AUTOENCODERS = (
         summary="A discriminator of patches against reconstructions, hinge loss.",
     ),
 )
+_CODECS = (
+    (
+        "titok-fsq",
+        "titok:TitokFsq",
+        "config:Titok",
+        "Transformers around a row of ids that lie on no grid; finite scalar quantisation.",
+    ),
+    (
+        "vq-image",
+        "vq_image:VqImage",
+        "config:VqImage",
+        "Convolutions around a grid of ids; a codebook that follows what it is given.",
+    ),
+    (
+        "hf-vq",
+        "hf_vq:HfVq",
+        "hf_config:HfVq",
+        "The image tokenizers of Emu3, Janus and Chameleon in transformers as they are, frozen.",
+    ),
+)
 
 
 @hookimpl
@@ -107,7 +127,19 @@ def xoron_components() -> list[Component]:
         )
         for name, factory, config, summary in _PROJECTORS
     ]
-    return [*encoders, *projectors, *_AUTOENCODERS]
+    codecs = [
+        Component(
+            kind="codec",
+            name=name,
+            modality="image",
+            factory=f"xoron_vision.codec.{factory}",
+            config=f"xoron_vision.codec.{config}Config",
+            summary=summary,
+            token_groups=(GROUP,),
+        )
+        for name, factory, config, summary in _CODECS
+    ]
+    return [*encoders, *projectors, *codecs, *_AUTOENCODERS]
 
 
 @hookimpl
@@ -156,6 +188,11 @@ def xoron_presets() -> list[Preset]:
         of("tiny", "mlp-tiny", "projector/mlp"),
         of("tiny", "perceiver-mlp-tiny", "projector/perceiver-mlp"),
         of("tiny", "c-abstractor-tiny", "projector/c-abstractor"),
+        of("tiny", "titok-fsq-tiny", "codec/titok-fsq"),
+        of("xoron-dev", "titok-fsq-xoron-dev", "codec/titok-fsq"),
+        of("tiny", "vq-image-tiny", "codec/vq-image"),
+        of("f16", "vq-image-f16", "codec/vq-image"),
+        of("tiny", "hf-vq-tiny", "codec/hf-vq"),
         of("tiny", "kl-image-tiny", "autoencoder/kl-image"),
         of("sd", "kl-image-sd", "autoencoder/kl-image"),
         of("flux", "kl-image-flux", "autoencoder/kl-image"),

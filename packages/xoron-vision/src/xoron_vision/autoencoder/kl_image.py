@@ -38,7 +38,7 @@ from xoron_vision.autoencoder.source import load_kl_weights
 
 # As published; e^20 and e^-30 are out of any trained posterior's reach.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
-_PIXEL_ERRORS: dict[str, Callable[..., Tensor]] = {
+PIXEL_ERRORS: dict[str, Callable[..., Tensor]] = {
     "l1": F.l1_loss,
     "l2": F.mse_loss,
     "huber": F.huber_loss,
@@ -134,7 +134,7 @@ class KlImage(Autoencoder):
         self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if config.quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(C, C, 1) if config.post_quant_conv else nn.Identity()
         self.latent_scale = LatentScale(C, scale=config.latent_scale, shift=config.latent_shift)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     @classmethod
     def processor(cls, config: KlImageConfig) -> WholeLatents:
@@ -210,7 +210,7 @@ class KlImage(Autoencoder):
         published weight keeps its meaning.
         """
         mean, log_variance = output["mean"].float(), output["log_variance"].float()
-        error = _PIXEL_ERRORS[self.config.pixel_loss]
+        error = PIXEL_ERRORS[self.config.pixel_loss]
         pixels, target = output["reconstruction"].float(), media["pixel_values"].float()
         nats = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum()
         count = self.aux_counts(media)["kl"]
@@ -252,7 +252,7 @@ class KlImage(Autoencoder):
             load_kl_weights(self, self.config.path, mid_attention=self.config.mid_attention)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Keeps the variance at every convolution, and starts residual branches at zero.
 
     torch's own start divides the variance by three at each of some twenty convolutions, so that

@@ -1,0 +1,1 @@
+"""Images to discrete ids and back: codecs for sequences of one token space."""
