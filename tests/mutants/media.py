@@ -46,6 +46,23 @@ OTHERS = [
     ),
     part(
         "codec",
+        "codes-of-another-modality",
+        'identity, rate, "signal"',
+        'identity, rate, "sound"',
+        "codec-ranges",
+        "signal-codec:0 (sound)",
+        "the modality 'signal'",
+    ),
+    part(
+        "codec",
+        "tensors-as-metadata",
+        '{"patches": int(n)}',
+        '{"patches": n}',
+        "codec-metadata",
+        "do not survive JSON",
+    ),
+    part(
+        "codec",
         "decodes-with-metadata-only",
         "        values = ids.to(self.up.weight.dtype) / (self.config.levels - 1)\n",
         "        ids = ids[:, : metadata[0]['patches']]\n"

@@ -19,6 +19,7 @@ class ProjectorConfig(Config):
 
 class CodecConfig(Config):
     levels: int = 8
+    delay: int = 0
 
 
 class AutoencoderConfig(Config):

@@ -49,9 +49,10 @@ class SignalCodec(Signal, c.Codec):
 
     @classmethod
     def ranges(cls, config):
-        identity = f"signal-codec/{config.levels}"
+        name, levels, rate = "xoron-toy/signal-codec", config.levels, 1 / PATCH
+        identity = f"signal-codec/{levels}"
         return [
-            CodecRange("xoron-toy/signal-codec", q, config.levels, identity, 1 / PATCH, "signal")
+            CodecRange(name, q, levels, identity, rate, "signal", delay=q * config.delay)
             for q in range(2)
         ]
 

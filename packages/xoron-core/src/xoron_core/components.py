@@ -269,20 +269,29 @@ class Codec(Part):
     @classmethod
     @abstractmethod
     def ranges(cls, config: Any) -> list[CodecRange]:
-        """The id ranges it needs, one per codebook, with its identity and rate."""
+        """The id ranges it needs, one per codebook, with its identity, rate and delays."""
 
     @classmethod
     def frame_limits(cls, config: Any) -> tuple[int, int]:
         """The fewest and the most steps T that a generated item may have."""
         return 1, 4096
 
+    @classmethod
+    def needs_metadata(cls, config: Any) -> bool:
+        """Whether ids alone do not decode (EnCodec's scales): such a codec reads and makes none."""
+        return False
+
     @abstractmethod
     def encode(self, **media: Tensor) -> Codes:
-        """Collated tensors to codes, without gradient."""
+        """Collated tensors to codes, without gradient; metadata that JSON keeps as it is."""
 
     @abstractmethod
     def decode(self, ids: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Any:
-        """(M, T, Q) local ids and metadata to media; generated ids come with empty metadata."""
+        """(M, T, Q) local ids and metadata to media; generated ids come with empty metadata.
+
+        Raises:
+            DataError: if it needs metadata and one item has none.
+        """
 
     def forward(self, **media: Tensor) -> dict[str, Tensor]:
         """The training path: `reconstruction`, and what this codec's losses need."""

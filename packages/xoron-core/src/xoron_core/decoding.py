@@ -75,14 +75,17 @@ class Decoder:
         self.lane, self.rows, self.grammar = lane, rows, grammar
         self.limit, self.ends, self.pad, self.details = limit, ends, pad, details
         self.ids, self.mask, self.keys, self.reused = ids, mask, list(keys), reused
-        self.warpers = sampling.warpers()
-        self.generators = _generators(sampling, len(rows), ids.device)
+        made = {output.modality for output in grammar.outputs.values()}
+        self.choices = {name: sampling.of(name) for name in (None, *made)}
+        self.warpers = {name: choice.warpers() for name, choice in self.choices.items()}
+        greedy = all(choice.temperature == 0 for choice in self.choices.values())
+        self.generators = None if greedy else _generators(sampling, len(rows), ids.device)
 
     def run(self, logits: Tensor) -> Iterator[Event]:
         """Decodes until every row has ended, from the (B, 1, V) logits of the prompt."""
         while True:
             scores = self.allowed(logits[:, -1])
-            picks = draw(self.warp(scores), self.generators)
+            picks = self.choose(scores)
             infos = self.certainty(scores, picks)
             steps: list[int | None] = []
             for index, token in enumerate(picks.tolist()):
@@ -110,15 +113,36 @@ class Decoder:
             mask = torch.cat([mask, mask.new_zeros(len(mask), extra)], dim=1)
         return scores.masked_fill(~mask, float("-inf"))
 
+    def choose(self, scores: Tensor) -> Tensor:
+        """One id per row, (B,), from its allowed scores and by the settings of its modality."""
+        scores = self.warp(scores)
+        if self.generators is None:
+            return draw(scores, None)
+        greedy = [self.choices[name].temperature == 0 for name in self._modalities()]
+        pairs = zip(greedy, self.generators, strict=True)
+        return draw(scores, [None if is_greedy else rng for is_greedy, rng in pairs])
+
     def warp(self, scores: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, V) scores after penalty and truncation, given the columns before them."""
-        if not self.warpers:
+        if not any(self.warpers.values()):
             return scores
         ids = self.ids if ids is None else ids
         mask = self.mask if mask is None else mask
         # A column that is not the row's must not be penalised: its first own id stands there.
         own = ids.gather(1, mask.argmax(-1, keepdim=True))
-        return cast(Tensor, self.warpers(torch.where(mask != 0, ids, own), scores))
+        ids = torch.where(mask != 0, ids, own)
+        modalities = self._modalities()
+        if len(set(modalities)) == 1:
+            return cast(Tensor, self.warpers[modalities[0]](ids, scores))
+        warped = scores.clone()
+        for name in set(modalities):
+            rows = [index for index, other in enumerate(modalities) if other == name]
+            warped[rows] = self.warpers[name](ids[rows], scores[rows])
+        return warped
+
+    def _modalities(self) -> list[str | None]:
+        """What each row's next id is part of."""
+        return [self.grammar.modality(row.state) for row in self.rows]
 
     def certainty(self, scores: Tensor, picks: Tensor) -> Sequence[tuple[float, float] | None]:
         """Log-probability and entropy, in nats, of each row's pick among the allowed ids."""
@@ -215,19 +239,13 @@ class Decoder:
         """A finished codec span to its medium."""
         row, model = self.rows[index], self.lane.model
         output = self.grammar.outputs[slot]
-        assert model.space is not None
-        ids = torch.tensor(row.codes, device=model.device).view(-1, len(output.ranges))
+        assert output.layout is not None
+        codes = output.layout.unflatten(torch.tensor(row.codes, device=model.device))
         row.codes = []
-        starts = [model.space.range(name).start for name in output.ranges]
-        local = ids - torch.tensor(starts, device=ids.device)
-        media: Any = model.call(slot, "decode", local[None], [{}])
+        media: Any = model.call(slot, "decode", codes[None], [{}])
         return MediaOut(output.modality, media, index)
 
 
-def _generators(
-    sampling: Sampling, rows: int, device: torch.device
-) -> list[torch.Generator] | None:
-    if sampling.temperature == 0:
-        return None
+def _generators(sampling: Sampling, rows: int, device: torch.device) -> list[torch.Generator]:
     seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()).item())
     return [torch.Generator(device).manual_seed(seed) for _ in range(rows)]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xoron_core.components import Codec, Codes, Features
 from xoron_core.errors import SequenceError
+from xoron_core.flattening import CodeLayout
 from xoron_core.tokens.space import TokenSpace
 
 SPANS = "spans"
@@ -92,7 +93,7 @@ def gather(hidden: Tensor, spans: Tensor, slot: str) -> Tensor:
 def write_codes(
     tokens: Tensor, spans: Tensor, codes: Codes, *, ranges: list[str], space: TokenSpace, slot: str
 ) -> Tensor:
-    """Writes codec ids at their placeholder positions, codebooks interleaved step by step.
+    """Writes codec ids at their placeholder positions, in the order that the space declares.
 
     Args:
         tokens: (B, N) ids, or labels; a copy is returned.
@@ -100,19 +101,11 @@ def write_codes(
         codes: ids (M, T, Q) and mask (M, T).
         ranges: names of the Q ranges.
     """
-    ids = interleave(codes, ranges, space)
+    ids = CodeLayout(space, ranges).flatten(codes)
     Q = codes.ids.shape[-1]
     _check_counts(spans, codes.mask.sum(-1) * Q, slot)
     B, N = tokens.shape
     return tokens.reshape(-1).index_copy(0, flat_positions(spans, N), ids).view(B, N)
-
-
-def interleave(codes: Codes, ranges: list[str], space: TokenSpace) -> Tensor:
-    """Valid codes as one row of global ids: item by item, step by step, codebook by codebook."""
-    columns = [
-        space.to_global(name, codes.ids[..., q][codes.mask]) for q, name in enumerate(ranges)
-    ]
-    return torch.stack(columns, dim=-1).reshape(-1)
 
 
 def codec_range_names(codec: type[Codec], config: Any) -> list[str]:

@@ -6,7 +6,10 @@ choice: an untrained row must not win an argmax.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -27,8 +30,8 @@ _NEVER = {"bos", "pad", "system_start", "user_start", "assistant_start"}
 _MEDIA_GROUPS = ("xoron-core/multimodal",)
 
 
-class Sampling(Config):
-    """How the next token is chosen.
+class Choice(Config):
+    """How one id is chosen.
 
     Attributes:
         temperature: 0 is greedy.
@@ -38,7 +41,6 @@ class Sampling(Config):
             et al. 2024).
         repetition_penalty: above 1 makes ids that stand in the prompt or the answer less likely,
             below 1 more (Keskar et al. 2019); also when greedy.
-        seed: for the draws; None takes a fresh one.
     """
 
     temperature: float = 0.0
@@ -46,7 +48,6 @@ class Sampling(Config):
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int | None = None
 
     def model_post_init(self, _: object) -> None:
         """Refuses values outside their ranges."""
@@ -86,6 +87,23 @@ class Sampling(Config):
         return processors
 
 
+class Sampling(Choice):
+    """How a request's ids are chosen: those of text, and of media where nothing else is said.
+
+    Attributes:
+        seed: for the draws; None takes a fresh one.
+        modalities: settings for the ids inside the spans of a modality. They replace the others
+            whole: a repetition penalty for text is none for codes, which often repeat.
+    """
+
+    seed: int | None = None
+    modalities: dict[str, Choice] = Field(default_factory=dict)
+
+    def of(self, modality: str | None) -> Choice:
+        """What holds inside spans of a modality, or in text (None)."""
+        return self if modality is None else self.modalities.get(modality, self)
+
+
 class AllowedRows(LogitsProcessor):
     """Masks every row of the logits that is not allowed; rows beyond the mask are not allowed.
 
@@ -120,19 +138,21 @@ def text_rows(space: TokenSpace) -> Tensor:
     return allowed
 
 
-def draw(scores: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+def draw(scores: Tensor, generators: Sequence[torch.Generator | None] | None) -> Tensor:
     """Chooses one id per row: (B, V) scores to (B,) ids.
 
     Args:
         scores: processed logits.
         generators: one per row, so that a row's draws do not depend on its neighbours; None is
-            greedy.
+            greedy, for a row or for all.
     """
     if generators is None:
         return scores.argmax(-1)
     probabilities = scores.float().softmax(-1)
     picks = [
-        torch.multinomial(row, 1, generator=generator)
+        row.argmax(-1, keepdim=True)
+        if generator is None
+        else torch.multinomial(row, 1, generator=generator)
         for row, generator in zip(probabilities, generators, strict=True)
     ]
     return torch.cat(picks)

@@ -102,6 +102,7 @@ class Session:
         stop: Sequence[str] = (),
         makes: Sequence[str] = (),
         begin_with: str | None = None,
+        frames: Mapping[str, int] | None = None,
         show_hidden: bool = False,
         details: bool = False,
         prefix: PrefixCache | None = None,
@@ -116,6 +117,7 @@ class Session:
             stop: strings that end a row; they are not part of the text.
             makes: modalities that may be produced beside text.
             begin_with: a modality of `makes` that the answer must begin with.
+            frames: modality to exactly how many frames a codec is to make of it.
             show_hidden: whether hidden blocks such as reasoning are part of the text.
             details: whether each id comes with its log-probability and entropy.
             prefix: what earlier requests left cached; this one takes over what agrees.
@@ -138,7 +140,13 @@ class Session:
         if prefix is not None:
             self._need_plain_cache("a prefix cache")
         batch = self._batch(messages, template)
-        grammar = Grammar(self.model, self.processor.modalities, made)
+        grammar = Grammar(self.model, self.processor.modalities, made, frames=frames)
+        sampling = sampling or Sampling()
+        if unknown := sorted(set(sampling.modalities) - set(self.processor.modalities)):
+            known = ", ".join(self.processor.modalities) or "none"
+            raise ConfigError(
+                f"sampling is set for {', '.join(unknown)}; this model's modalities: {known}"
+            )
         state = grammar.begin(begin_with)
         rows = [
             Row(state, TextStream(self.processor, stop, show_hidden, ids[valid.bool()].tolist()))
@@ -146,7 +154,7 @@ class Session:
         ]
         options = {
             "grammar": grammar,
-            "sampling": sampling or Sampling(),
+            "sampling": sampling,
             "limit": max_new_tokens,
             "details": details,
         }

@@ -211,6 +211,8 @@ def test_what_contradicts_the_lock_is_refused_by_name():
         space(lock=lock, text=None)
     with pytest.raises(TokenSpaceError, match=r"'toy/b:0'.*size was 3 and is 4"):
         space(codecs=[*CODECS[:2], replace(CODECS[2], size=4)], lock=lock)
+    with pytest.raises(TokenSpaceError, match=r"'toy/a:1'.*delay was 0 and is 1"):
+        space(codecs=[CODECS[0], replace(CODECS[1], delay=1), CODECS[2]], lock=lock)
     swapped = [replace(CODECS[0], codebook=1), replace(CODECS[1], codebook=0), CODECS[2]]
     with pytest.raises(TokenSpaceError, match=r"equals 'toy/a:[01]': the codebooks are swapped"):
         space(codecs=swapped, lock=lock)
@@ -254,6 +256,8 @@ def test_contributions_that_collide_are_refused_by_name():
         lambda: CodecRange("toy/a", 0, 5, "", None, "signal"),
         lambda: CodecRange("toy/a", 0, 5, "i", 0.0, "signal"),
         lambda: CodecRange("toy/a", 0, 5, "i", float("nan"), "signal"),
+        lambda: CodecRange("toy/a", 0, 5, "i", None, "signal", delay=1),
+        lambda: CodecRange("toy/a", 1, 5, "i", None, "signal", delay=-1),
         lambda: space([TokenGroup("nogroup", {"a": "<|a|>"})]),
         lambda: space([TokenGroup("abc/x", {"a": ""})]),
         lambda: space([TokenGroup("abc/x", {"a": " x"})]),

@@ -26,7 +26,7 @@ GROUPS = [
 ]
 CODECS = [
     CodecRange("toy/a", 0, 5, "a0", 25.0, "signal"),
-    CodecRange("toy/a", 1, 5, "a1", 25.0, "signal"),
+    CodecRange("toy/a", 1, 5, "a1", 25.0, "signal", delay=2),
     CodecRange("toy/b", 0, 3, "b0", None, "image"),
 ]
 
@@ -52,6 +52,7 @@ def space(groups=GROUPS, codecs=CODECS, lock=None, text=TEXT) -> TokenSpace:
         lambda: space(codecs=[*CODECS[:2], replace(CODECS[2], rate=12.5)]),
         lambda: space(codecs=[*CODECS[:2], replace(CODECS[2], size=2)]),
         lambda: space(codecs=[*CODECS[:2], replace(CODECS[2], modality="video")]),
+        lambda: space(codecs=[CODECS[0], replace(CODECS[1], delay=1), CODECS[2]]),
         lambda: space(codecs=CODECS[:2], lock=space()),
     ],
 )
@@ -106,6 +107,17 @@ def test_a_file_with_any_leaf_changed_is_refused():
             target[path[-1]] = f"{value or 'x'}y"
         with pytest.raises(TokenSpaceError):
             TokenSpace.from_json(json.dumps(data))
+
+
+def test_a_delay_is_written_only_where_there_is_one():
+    """Files and hashes of spaces without delays stay those of before there were any."""
+    entries = json.loads(space().to_json())["codecs"]
+    assert [entry.get("delay") for entry in entries] == [None, 2, None]
+    assert TokenSpace.from_json(space().to_json()).codecs[1].range.delay == 2
+    entries[0]["delay"] = "1"
+    data = json.loads(space().to_json()) | {"codecs": entries}
+    with pytest.raises(TokenSpaceError, match="'delay' must be int, got '1'"):
+        TokenSpace.from_json(json.dumps(data))
 
 
 def test_a_tampered_file_names_both_hashes():

@@ -127,14 +127,14 @@ def _place_codecs(
 def _changed_codec(before: CodecRange, now: CodecRange, old: list[CodecEntry]) -> str:
     changed = [
         f"{name} was {getattr(before, name)!r} and is {getattr(now, name)!r}"
-        for name in ("size", "identity", "rate", "modality")
+        for name in ("size", "identity", "rate", "modality", "delay")
         if getattr(before, name) != getattr(now, name)
     ]
     message = (
         f"codec range {now.full_name!r} differs from the locked token space: {'; '.join(changed)}."
     )
     for other in old:
-        if other.range == replace(now, codebook=other.range.codebook):
+        if other.range == replace(now, codebook=other.range.codebook, delay=other.range.delay):
             return (
                 f"{message} It equals {other.range.full_name!r}: the codebooks are swapped;"
                 " restore their order."

@@ -63,7 +63,7 @@ def entries(space: TokenSpace) -> dict[str, Entry]:
     for codec in space.codecs:
         if not codec.removed:
             asked = codec.range
-            names = ("size", "identity", "rate", "modality")
+            names = ("size", "identity", "rate", "modality", "delay")
             meaning = {name: getattr(asked, name) for name in names}
             found[asked.full_name] = Entry(codec.start, asked.size, meaning)
     return found

@@ -91,6 +91,8 @@ class CodecRange:
         identity: a hash of what its codes mean (architecture, weights, preprocessing).
         rate: codes per second or per item, whatever the codec counts in; None if it varies.
         modality: the modality it decodes to.
+        delay: how many steps its codes stand behind those of codebook 0 in a sequence; all 0 is
+            interleaving, 0, 1, 2, ... the delay pattern (see `xoron_core.flattening`).
     """
 
     name: str
@@ -99,6 +101,7 @@ class CodecRange:
     identity: str
     rate: float | None
     modality: str
+    delay: int = 0
 
     def __post_init__(self) -> None:
         check_name(self.name, "a codec range")
@@ -108,6 +111,12 @@ class CodecRange:
             raise TokenSpaceError(f"codec range {self.full_name!r} needs an identity")
         if not isinstance(self.modality, str) or not self.modality:
             raise TokenSpaceError(f"codec range {self.full_name!r} needs a modality")
+        check_integer(self.delay, f"delay of codec range {self.full_name!r}", least=0)
+        if self.codebook == 0 and self.delay:
+            raise TokenSpaceError(
+                f"codec range {self.full_name!r} has a delay of {self.delay}; delays count from"
+                " codebook 0, whose own is 0"
+            )
         if self.rate is not None:
             rate = self.rate
             if not isinstance(rate, int | float) or isinstance(rate, bool):

@@ -3,6 +3,9 @@
 The hash covers what ids mean: the text base (name, size, identity, own specials, normalisation),
 every special token and codec range with its place, and which of them are holes. It covers no
 time, path, device, padding or key order, and not the `hidden` marks.
+
+A codec's `delay` is written where it is not 0, so that the files and hashes of spaces without one
+are those of earlier versions.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ _CODEC = {
     "identity": str,
     "rate": (int, float, type(None)),
     "modality": str,
+    "delay": int,
     "start": int,
     "removed": bool,
 }
@@ -85,12 +89,15 @@ def _content(space: TokenSpace) -> dict[str, Any]:
         "format": FORMAT,
         "text": None if space.text is None else _pick(space.text, _TEXT),
         "specials": [_pick(special, _SPECIAL) for special in space.specials],
-        "codecs": [
-            _pick(entry.range, {k: v for k, v in _CODEC.items() if k not in ("start", "removed")})
-            | {"start": entry.start, "removed": entry.removed}
-            for entry in space.codecs
-        ],
+        "codecs": [_codec(entry) for entry in space.codecs],
     }
+
+
+def _codec(entry: CodecEntry) -> dict[str, Any]:
+    asked = _pick(entry.range, {k: v for k, v in _CODEC.items() if k not in ("start", "removed")})
+    if not asked["delay"]:
+        del asked["delay"]
+    return asked | {"start": entry.start, "removed": entry.removed}
 
 
 def _pick(entry: object, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,8 +138,8 @@ def entries(
         specials.append(Special(**special))
     codecs = []
     for index, codec in enumerate(fields["codecs"]):
-        _check_fields(codec, _CODEC, f"{where}: codecs[{index}]")
-        rest = dict(codec)
+        rest = {"delay": 0, **codec} if isinstance(codec, dict) else codec
+        _check_fields(rest, _CODEC, f"{where}: codecs[{index}]")
         start, removed = rest.pop("start"), rest.pop("removed")
         codecs.append(CodecEntry(CodecRange(**rest), start, removed))
     return text, tuple(specials), tuple(codecs)

@@ -1,18 +1,23 @@
-"""Codecs: ids stay in their ranges, and any ids in range decode to media."""
+"""Codecs: ids stay in their ranges, stand in a sequence and come back, and any decode to media."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xoron_core.descriptors import resolve
+from xoron_core.errors import XoronError
+from xoron_core.pieces import CodedPiece, SpanGrammar
 from xoron_core.testing.catalogue import check
 from xoron_core.testing.drivers import driver
 from xoron_core.testing.outcome import CheckFailed
-from xoron_core.testing.subject import Subject
+from xoron_core.testing.subject import TEXT, Subject
 from xoron_core.testing.tensors import named, not_finite, rng
+from xoron_core.tokens.space import TokenSpace
 
 CODEC = ("codec",)
 ITEMS = ((1, 1), (2, 2), (3, 3))
@@ -58,6 +63,65 @@ def codes_in_range(subject: Subject) -> None:
 
 
 @check(
+    "codec-ranges",
+    CODEC,
+    since=1,
+    summary="its ranges are one codec's, of its modality, and codes come back from a sequence",
+    needs=("runs", "declared-widths", "codes-in-range"),
+)
+def codec_ranges(subject: Subject) -> None:
+    where = f"{subject.component.factory}.ranges"
+    ranges = subject.cls.ranges(subject.config)
+    modality = subject.component.modality
+    if len({r.name for r in ranges}) != 1 or {r.modality for r in ranges} != {modality}:
+        got = ", ".join(f"{r.full_name} ({r.modality})" for r in ranges)
+        raise CheckFailed(
+            f"{where}: expected one name for all codebooks and the modality {modality!r}, got"
+            f" {got}; spans of a sequence would not know whose codes they carry"
+        )
+    if subject.modality is None:
+        return
+    found, names = subject.modality, set(subject.component.token_groups)
+    markers = {found.begin, found.end, found.gen_begin, found.gen_end, found.placeholder}
+    groups = [
+        group
+        for group in subject.registry.token_groups().values()
+        if group.name in names or markers & set(group.tokens.values())
+    ]
+    space = TokenSpace.allocate(text=TEXT, groups=groups, codecs=ranges)
+    grammar = SpanGrammar(space, {found.name: found})
+    with torch.no_grad():
+        codes = subject.build().encode(**driver(subject).batch(ITEMS))
+    rows = [ids[valid].cpu() for ids, valid in zip(codes.ids, codes.mask, strict=True)]
+    pieces = [CodedPiece(ranges[0].name, row) for row in rows]
+    if grammar.parse(grammar.build(pieces)) != pieces:
+        raise CheckFailed(f"{where}: codes do not come back from a sequence as they were")
+
+
+@check(
+    "codec-metadata",
+    CODEC,
+    since=1,
+    summary="decode metadata is one mapping per item that JSON keeps as it is",
+    needs=("runs", "codes-in-range"),
+)
+def codec_metadata(subject: Subject) -> None:
+    with torch.no_grad():
+        codes = subject.build().encode(**driver(subject).batch(ITEMS))
+    for entry in codes.metadata:
+        try:
+            same = isinstance(entry, Mapping) and json.loads(json.dumps(dict(entry))) == entry
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise CheckFailed(
+                f"{subject.component.factory}.encode: the metadata {entry!r} do not survive JSON,"
+                " in which tokenised data keep them; give a mapping from strings to plain numbers,"
+                " strings, lists and mappings"
+            )
+
+
+@check(
     "codec-limits",
     CODEC,
     since=1,
@@ -74,6 +138,9 @@ def codec_limits(subject: Subject) -> None:
         ids = torch.stack(
             [torch.randint(n, (2, steps), generator=rng("cpu", n)) for n in _sizes(subject)], -1
         )
+        if part.needs_metadata(subject.config):
+            _refuses(where, part, ids)
+            continue
         with torch.no_grad():
             media = part.decode(ids, [{}, {}])
         values = named(media, "decoded")
@@ -113,5 +180,17 @@ def codec_round_trip(subject: Subject) -> None:
                 )
 
 
+def _refuses(where: str, part: Any, ids: Tensor) -> None:
+    try:
+        with torch.no_grad():
+            part.decode(ids, [{}, {}])
+    except XoronError:
+        return
+    raise CheckFailed(
+        f"{where}: needs_metadata is true, but decode takes ids without any; refuse them with a"
+        " DataError, or return False"
+    )
+
+
 def _plain(medium: Any) -> Any:
-    return medium.detach().cpu().numpy() if isinstance(medium, Tensor) else medium
+    return medium.detach().cpu() if isinstance(medium, Tensor) else medium

@@ -105,7 +105,7 @@ def _check_output(model: Any, processor: Any, modality: Modality) -> None:
 
 def _is_short(model: Any, modality: Modality) -> bool:
     codec = model.slots.get(f"{modality.name}.codec")
-    if not isinstance(codec, Codec):
+    if not isinstance(codec, Codec) or codec.needs_metadata(codec.config):
         return False
     return codec.frame_limits(codec.config)[1] * len(codec.ranges(codec.config)) <= GENERATED_IDS
 
