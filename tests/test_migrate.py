@@ -16,8 +16,10 @@ from tests.lively import ids_of
 from xoron_core.cli import run
 from xoron_core.descriptors import TokenGroup
 from xoron_core.errors import TokenSpaceError
-from xoron_core.migrate import migrate, row_sources
+from xoron_core.migrate import migrate, migrate_rows, row_sources
 from xoron_core.origins import origins
+from xoron_core.row_deltas import load_rows, read_rows, save_rows
+from xoron_core.rows import new_rows, separate
 from xoron_core.sampling import Sampling
 from xoron_core.session import Session
 from xoron_core.tokens.difference import difference
@@ -156,6 +158,50 @@ def test_migrated_rows_mean_and_give_the_same(tie):
     )
     assert one.text == two.text
     assert its_processor.decode(its_processor.encode_text("héllo")) == "héllo"
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("some", [True, False])
+def test_row_deltas_move_with_their_base_by_name(tie, some, tmp_path):
+    """The moved delta over the migrated base gives the logits of the delta over the base."""
+    model, processor = compose(tie, groups=[*GROUPS, "reasoning"], signal=CODEC)
+    target = other_history(model.space)
+    ids = new_rows(model)[::3] if some else new_rows(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in separate(model, ids).values():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    save_rows(model, tmp_path / "rows")
+    base = compose(tie, groups=[*GROUPS, "reasoning"], signal=CODEC)
+    moved, _ = migrate_rows(*base, tmp_path / "rows", space=target, output=tmp_path / "moved")
+    delta = read_rows(tmp_path / "moved")
+    assert delta.record.token_space_hash == target.hash == delta.space.hash
+    assert len(delta.record.ids()) == len(ids)
+    assert some is (delta.record.rows != ((256, target.size),))
+
+    base[0].load_state_dict(before)
+    there, its_processor = migrate(*base, target)
+    names = [special.key for special in model.space]
+    without = shared_logits(there, its_processor, names)
+    load_rows(there, tmp_path / "moved")
+    expected = shared_logits(model.eval(), processor, names)
+    assert not torch.equal(without, expected)
+    assert torch.equal(shared_logits(there, its_processor, names), expected)
+    assert torch.equal(shared_logits(moved, its_processor, names), expected)
+    with pytest.raises(TokenSpaceError, match="was made with token space"):
+        load_rows(base[0], tmp_path / "moved")
+
+
+def test_a_model_with_rows_set_apart_migrates_as_a_merged_one():
+    model, processor = compose(groups=[*GROUPS, "reasoning"], signal=CODEC)
+    with torch.no_grad():
+        for parameter in separate(model).values():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    moved, its_processor = migrate(model, processor, other_history(model.space))
+    names = [special.key for special in model.space]
+    assert torch.equal(
+        shared_logits(model, processor, names), shared_logits(moved, its_processor, names)
+    )
 
 
 def test_there_and_back_is_the_same_model():

@@ -17,15 +17,17 @@ from xoron_core import origins
 from xoron_core.composer.composition import Composition, Slot
 from xoron_core.composer.parts import build_part, typed_config
 from xoron_core.composer.planner import plan
-from xoron_core.deltas import Delta, brief, read_delta
+from xoron_core.deltas import Delta, read_delta, require_base, require_space
 from xoron_core.errors import CompositionError, FolderError, TokenSpaceError, UsageError
 from xoron_core.folder import local_folder
 from xoron_core.identity import folder_weights, identities, model_weights
 from xoron_core.modality_groups import group_names
 from xoron_core.model import XoronModel
+from xoron_core.nn.split_rows import split_modules
 from xoron_core.plugins import Registry
 from xoron_core.plugins import registry as installed
 from xoron_core.processor import XoronProcessor
+from xoron_core.row_deltas import RowDelta, apply_rows, holds_rows, read_rows, replaced
 
 if TYPE_CHECKING:
     from xoron_core.components import Part
@@ -65,23 +67,32 @@ def open_with_deltas(
 
     Args:
         folder: a model folder.
-        deltas: folders of deltas, in order.
+        deltas: folders of deltas, of slots or of rows, in order.
         **kwargs: for `XoronModel.from_pretrained`.
 
     Raises:
         XoronError: as `load_delta`.
     """
-    read = [read_delta(delta) for delta in deltas]
+    read = [read_rows(path) if holds_rows(path) else read_delta(path) for path in deltas]
     for delta in read:
-        require_no_adapter(delta)
+        if isinstance(delta, Delta):
+            require_no_adapter(delta)
     folder = local_folder(folder, kwargs)
     model = XoronModel.from_pretrained(folder, **kwargs)
     processor = XoronProcessor.from_pretrained(folder)
-    stored = {slot for delta in read for slot in delta.record.base.slots}
-    base = identities(folder_weights(folder, sorted(stored & set(model.composition.slots))))
+    stored = {slot for delta in read if (over := delta.record.base) for slot in over.slots}
+    weights = folder_weights(folder, sorted(stored & set(model.composition.slots)))
+    base = identities(weights)
     for delta in read:
-        apply_delta(model, delta, base=base, registry=kwargs.get("registry"))
-        base |= {slot: record.hash for slot, record in delta.record.slots.items()}
+        if isinstance(delta, RowDelta):
+            apply_rows(model, delta, weights=weights)
+            slot = delta.record.slot
+            weights[slot] = replaced(weights[slot], delta)
+            base |= identities({slot: weights[slot]})
+        else:
+            apply_delta(model, delta, base=base, registry=kwargs.get("registry"))
+            weights |= delta.tensors
+            base |= {slot: record.hash for slot, record in delta.record.slots.items()}
     if model.composition != processor.composition:
         processor = XoronProcessor(
             model.composition, tokenizer=processor.tokenizer, space=processor.space
@@ -109,13 +120,14 @@ def apply_delta(
     """
     registry = registry or installed()
     space_hash = None if model.space is None else model.space.hash
-    if delta.record.token_space_hash != space_hash:
-        raise TokenSpaceError(
-            f"{delta.folder}: was made with token space {delta.record.token_space_hash}, this model"
-            f" has {space_hash}; use the model folder that it was made with"
-        )
-    _check_base(model, delta, base)
+    require_space(delta.folder, delta.record.token_space_hash, found=space_hash)
+    require_base(delta.folder, delta.record.base, weights=model_weights(model), found=base)
     here = model.composition.slots
+    if apart := [name for name in delta.record.slots if _is_split(model, name)]:
+        raise UsageError(
+            f"{delta.folder}: rows of slot {apart[0]!r} are set apart; call"
+            " xoron_core.rows.merge_rows(model) first"
+        )
     for name in delta.record.slots.keys() & here.keys():
         _check_component(delta, name, here[name], registry)
         _check_tensors(delta, name, model_weights(model)[name])
@@ -143,26 +155,9 @@ def require_no_adapter(delta: Delta) -> None:
         )
 
 
-def _check_base(model: XoronModel, delta: Delta, base: Mapping[str, str] | None) -> None:
-    expected = delta.record.base.slots
-    if lacking := [slot for slot in expected if slot not in model.composition.slots]:
-        raise FolderError(
-            f"{delta.folder}: was made over a base with {', '.join(lacking)}, and this model has"
-            f" {', '.join(model.composition.slots)}; use the model folder that it was made with"
-        )
-    weights = {slot: model_weights(model)[slot] for slot in expected}
-    found = base if base is not None else identities(weights)
-    if wrong := [slot for slot, identity in expected.items() if found[slot] != identity]:
-        dtypes = {str(t.dtype).removeprefix("torch.") for s in wrong for t in weights[s].values()}
-        raise FolderError(
-            f"{delta.folder}: was made over another base: "
-            + ", ".join(
-                f"slot {slot!r} is {brief(found[slot])}, expected {brief(expected[slot])}"
-                for slot in wrong
-            )
-            + ". Use the model folder that it was made with, or a copy of it at any path; weights"
-            f" rounded to fewer bits are another base (here they are {', '.join(sorted(dtypes))})"
-        )
+def _is_split(model: XoronModel, slot: str) -> bool:
+    part = model.slots.get(slot)
+    return part is not None and any(True for _ in split_modules(part))
 
 
 def _check_component(delta: Delta, name: str, have: Slot, registry: Registry) -> None:

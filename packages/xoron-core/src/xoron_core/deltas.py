@@ -20,15 +20,21 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from xoron_core.composer.composition import Composition, Slot
 from xoron_core.config import Config, Source
-from xoron_core.errors import FolderError, UsageError, did_you_mean
+from xoron_core.errors import FolderError, TokenSpaceError, UsageError, did_you_mean
 from xoron_core.folder import read_config
-from xoron_core.identity import combined, folder_weights, identities, model_weights
+from xoron_core.identity import (
+    Weights,
+    combined,
+    folder_weights,
+    identities,
+    model_weights,
+)
 from xoron_core.storage import atomic_folder, read_tensors, recover, write_tensors
 
 if TYPE_CHECKING:
@@ -169,7 +175,7 @@ def write_delta(
             slot: DeltaSlot(
                 slot=composition.slots[slot],
                 hash=hashes[slot],
-                dtype=_dtypes(weights[slot]),
+                dtype=dtypes(weights[slot]),
                 parameters=sum(tensor.numel() for tensor in weights[slot].values()),
             )
             for slot in slots
@@ -178,7 +184,7 @@ def write_delta(
         token_space_hash=space_hash,
         adapter=adapter,
     )
-    named = {_name(slot, name): t for slot in slots for name, t in weights[slot].items()}
+    named = {file_name(slot, name): t for slot in slots for name, t in weights[slot].items()}
     write_tensors(folder / TENSORS, named)
     (folder / RECORD).write_text(json.dumps(record.data(), indent=2) + "\n", encoding="utf-8")
 
@@ -190,27 +196,12 @@ def read_delta(folder: str | Path) -> Delta:
         FolderError: if it is no delta, is of another format, or is damaged.
     """
     folder = Path(folder)
-    recover(folder)
-    path = folder / RECORD
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FolderError(
-            f"{folder}: is no delta (it has no {RECORD}); `xoron delta save` writes one"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FolderError(f"{path}: is not valid JSON ({error}); copy it again") from None
-    number = data.get("format") if isinstance(data, dict) else None
-    if number != FORMAT:
-        raise FolderError(
-            f"{folder}: has delta format {number!r}, this xoron-core reads {FORMAT}; open it with"
-            " the version that wrote it"
-        )
-    record = DeltaRecord.parse(data, Source(str(path)))
+    data = read_record(folder, RECORD, writer="`xoron delta save`")
+    record = DeltaRecord.parse(data, Source(str(folder / RECORD)))
     state = read_tensors(folder / TENSORS)
     tensors: dict[str, dict[str, Tensor]] = {slot: {} for slot in record.slots}
     for slot, group in tensors.items():
-        prefix = _name(slot, "")
+        prefix = file_name(slot, "")
         group |= {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     if sum(map(len, tensors.values())) != len(state):
         raise FolderError(
@@ -226,6 +217,83 @@ def read_delta(folder: str | Path) -> Delta:
                 " damaged; copy the delta again"
             )
     return Delta(folder, record, tensors)
+
+
+def read_record(folder: Path, name: str, *, writer: str) -> dict[str, Any]:
+    """Reads a delta's JSON file, with its format checked.
+
+    Args:
+        folder: of the delta.
+        name: of the file.
+        writer: what writes such files, for the error.
+
+    Raises:
+        FolderError: if it is not there, no JSON, or of another format.
+    """
+    recover(folder)
+    path = folder / name
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FolderError(
+            f"{folder}: is no delta (it has no {name}); {writer} writes one"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FolderError(f"{path}: is not valid JSON ({error}); copy it again") from None
+    number = data.get("format") if isinstance(data, dict) else None
+    if number != FORMAT:
+        raise FolderError(
+            f"{folder}: has delta format {number!r}, this xoron-core reads {FORMAT}; open it with"
+            " the version that wrote it"
+        )
+    return cast("dict[str, Any]", data)
+
+
+def require_space(folder: Path, made_with: str | None, *, found: str | None) -> None:
+    """Refuses a delta of another token space.
+
+    Raises:
+        TokenSpaceError: with both hashes.
+    """
+    if made_with != found:
+        raise TokenSpaceError(
+            f"{folder}: was made with token space {made_with}, this model has {found}; use the"
+            " model folder that it was made with"
+        )
+
+
+def require_base(
+    folder: Path, base: Base, *, weights: Weights, found: Mapping[str, str] | None = None
+) -> None:
+    """Refuses a delta over another base.
+
+    Args:
+        folder: of the delta.
+        base: what it was made over.
+        weights: of the model, what is there of the base's slots and maybe more.
+        found: identities of the model's slots, if known better than from `weights`.
+
+    Raises:
+        FolderError: naming the slots that are missing or differ.
+    """
+    if lacking := [slot for slot in base.slots if slot not in weights]:
+        raise FolderError(
+            f"{folder}: was made over a base with {', '.join(lacking)}, and this model has"
+            f" {', '.join(weights)}; use the model folder that it was made with"
+        )
+    here = {slot: weights[slot] for slot in base.slots}
+    found = found if found is not None else identities(here)
+    if wrong := [slot for slot, identity in base.slots.items() if found[slot] != identity]:
+        kinds = dtypes({f"{s}.{name}": t for s in wrong for name, t in here[s].items()})
+        raise FolderError(
+            f"{folder}: was made over another base: "
+            + ", ".join(
+                f"slot {slot!r} is {brief(found[slot])}, expected {brief(base.slots[slot])}"
+                for slot in wrong
+            )
+            + ". Use the model folder that it was made with, or a copy of it at any path; weights"
+            f" rounded to fewer bits are another base (here they are {kinds})"
+        )
 
 
 def base_slots(
@@ -279,9 +347,11 @@ def _check_slots(composition: Composition, slots: Iterable[str]) -> None:
             raise UsageError(f"slot {slot!r} is shared from {shared!r}; name {shared!r} instead")
 
 
-def _dtypes(tensors: Mapping[str, Tensor]) -> str:
+def dtypes(tensors: Mapping[str, Tensor]) -> str:
+    """The dtypes of some tensors, as records name them."""
     return ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
 
 
-def _name(slot: str, name: str) -> str:
+def file_name(slot: str, name: str) -> str:
+    """What a slot's tensor is called in files."""
     return f"slots.{slot.replace('.', '__')}.{name}"

@@ -1,6 +1,7 @@
 """Models under another token space: vocabulary rows carried over by name.
 
-Two uses. `migrate` gives a model the space of another one, so that the two can be combined.
+Three uses. `migrate` gives a model the space of another one, so that the two can be combined;
+`migrate_rows` does it with a row delta, for the migrated base.
 `extend` composes further parts into a model folder: its ids stay where they are, what is new is
 appended. Either way a row goes with the name of what it means, and a row whose name is new is drawn
 as a fresh model of that seed would draw it.
@@ -22,12 +23,13 @@ from xoron_core.api import build, load, make_tokenizer, set_control_tokens
 from xoron_core.components import Backbone
 from xoron_core.composer.planner import Plan
 from xoron_core.configuration import XoronConfig
-from xoron_core.errors import TokenSpaceError
+from xoron_core.errors import TokenSpaceError, UsageError
 from xoron_core.model import XoronModel
 from xoron_core.origins import origins, record
 from xoron_core.plugins import Registry
 from xoron_core.plugins import registry as installed
 from xoron_core.processor import XoronProcessor
+from xoron_core.row_deltas import apply_rows, read_rows, save_rows
 from xoron_core.tokens.difference import entries
 from xoron_core.tokens.space import TokenSpace
 
@@ -94,6 +96,49 @@ def migrate(
     return moved.eval(), XoronProcessor(
         processor.composition, tokenizer=tokenizer, space=space, registry=registry
     )
+
+
+def migrate_rows(
+    model: XoronModel,
+    processor: XoronProcessor,
+    folder: str | Path,
+    *,
+    space: TokenSpace,
+    output: str | Path,
+    seed: int = 0,
+) -> tuple[XoronModel, XoronProcessor]:
+    """Moves a row delta to another token space: its rows stand where that space has their names.
+
+    Rows of holes and of padding have no name and are left behind.
+
+    Args:
+        model: the delta's base, under the token space that the delta was made with; the delta's
+            rows are put into it.
+        processor: of the model.
+        folder: the row delta.
+        space: the one to move to, as for `migrate`.
+        output: folder of the moved delta. Its base is `migrate(base, processor, space, seed=seed)`.
+        seed: for rows that are new to the space and not the delta's.
+
+    Returns:
+        The migrated model with the rows in it, and its processor.
+
+    Raises:
+        FolderError: if the delta is damaged or was made over another base.
+        TokenSpaceError: if the spaces do not fit, naming what does not.
+        UsageError: if none of the delta's rows has a name in the space.
+    """
+    delta = read_rows(folder)
+    sources = row_sources(_space_of(model), space)
+    ids = torch.isin(sources, delta.record.ids()).nonzero().flatten()
+    if not len(ids):
+        raise UsageError(
+            f"{folder}: none of its rows has a name in {space.hash}, so there is nothing to move"
+        )
+    apply_rows(model, delta)
+    moved, its_processor = migrate(model, processor, space, seed=seed)
+    save_rows(moved, output, ids=ids)
+    return moved, its_processor
 
 
 def extend(

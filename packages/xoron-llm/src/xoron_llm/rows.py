@@ -1,7 +1,8 @@
 """Vocabulary rows of a transformers model: loading them, growing them, drawing new ones.
 
 transformers' own `resize_token_embeddings` draws new rows around the mean of the old ones and knows
-nothing of rows that exist but are new in meaning (a checkpoint's padding), so it is not used.
+nothing of rows that exist but are new in meaning (a checkpoint's padding), so it is not used. Rows
+that are to be trained alone start better from `xoron_core.rows.draw_rows`.
 
 Shapes: V rows, D hidden size, R new rows.
 """
@@ -15,7 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from xoron_core.errors import FolderError
+from xoron_core.errors import FolderError, UsageError
+from xoron_core.nn.split_rows import split_modules
 
 NEW_ROW_STD = 0.02
 
@@ -35,7 +37,12 @@ def resize_rows(
         number: V.
         new_rows: (R,) int64 rows to draw anew.
         generator: of the draws, on any device.
+
+    Raises:
+        UsageError: if rows are set apart (`xoron_core.nn.split_rows`).
     """
+    if any(True for _ in split_modules(model)):
+        raise UsageError("rows of this model are set apart; merge them before resizing")
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     head = cast("nn.Linear | None", model.get_output_embeddings())
     tied = head is not None and head.weight is embedding.weight
