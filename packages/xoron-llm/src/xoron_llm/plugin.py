@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xoron_core.descriptors import Component, Preset
+from xoron_core.descriptors import Command, Component, Preset
 from xoron_core.hookspecs import hookimpl
 
 xoron_api = 1
@@ -45,6 +45,14 @@ def xoron_components() -> list[Component]:
         ),
         Component(
             kind="tokenizer",
+            name="bpe",
+            modality="text",
+            factory="xoron_llm.tokenizers.trained:BpeTokenizer",
+            config="xoron_llm.tokenizers.config:BpeConfig",
+            summary="A byte-level BPE of one's own, as `xoron tokenizer` learns it from texts.",
+        ),
+        Component(
+            kind="tokenizer",
             name="qwen2.5",
             modality="text",
             factory="xoron_llm.tokenizers.qwen:QwenTokenizer",
@@ -53,6 +61,11 @@ def xoron_components() -> list[Component]:
             requires=("xoron-llm[qwen]",),
         ),
     ]
+
+
+@hookimpl
+def xoron_commands() -> list[Command]:
+    return [Command("tokenizer", "xoron_llm.cli:tokenizer", "Learn a tokenizer from text files.")]
 
 
 @hookimpl

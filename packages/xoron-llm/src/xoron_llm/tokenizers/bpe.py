@@ -23,6 +23,11 @@ def vocabulary_identity(vocab: Mapping[str, int]) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+def byte_vocabulary() -> dict[str, int]:
+    """The 256 bytes as the characters that stand for them, id = byte value."""
+    return {character: value for value, character in byte_alphabet().items()}
+
+
 def read_ranks(path: str | Path) -> dict[bytes, int]:
     """Reads a tiktoken file: one line per token, base64 and rank.
 

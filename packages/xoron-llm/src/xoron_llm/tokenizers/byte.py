@@ -9,7 +9,6 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerFast
 
 from xoron_core.components import Tokenizer
-from xoron_core.tokens.byte_level import byte_alphabet
 from xoron_core.tokens.space import TextBase
 from xoron_llm.tokenizers import bpe
 
@@ -20,14 +19,12 @@ class ByteTokenizer(Tokenizer):
     def text_base(self) -> TextBase:
         """256 ids that own no special string."""
         return TextBase(
-            name="xoron-llm/byte", size=256, identity=bpe.vocabulary_identity(self._vocab())
+            name="xoron-llm/byte",
+            size=256,
+            identity=bpe.vocabulary_identity(bpe.byte_vocabulary()),
         )
 
     def base(self) -> PreTrainedTokenizerFast:
         """A byte-level BPE without merges."""
-        backend = bpe.build(self._vocab(), [])
+        backend = bpe.build(bpe.byte_vocabulary(), [])
         return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
-
-    @staticmethod
-    def _vocab() -> dict[str, int]:
-        return {character: value for value, character in byte_alphabet().items()}

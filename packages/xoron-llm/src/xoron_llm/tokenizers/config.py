@@ -13,6 +13,17 @@ class ByteConfig(Config):
     """The byte tokenizer has nothing to choose."""
 
 
+class BpeConfig(Config):
+    """A byte-level BPE of one's own.
+
+    Attributes:
+        source: a tokenizer.json that `xoron tokenizer` wrote, or a folder with it. None has no
+            merges: the bytes alone.
+    """
+
+    source: str | None = None
+
+
 class QwenConfig(Config):
     """The Qwen2.5 tokenizer.
 
