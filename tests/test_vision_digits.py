@@ -19,6 +19,7 @@ def test_it_runs_from_composition_to_verdict(tmp_path, capsys):
         assert word in said
     before, _ = load(tmp_path / "untrained")
     after, _ = load(tmp_path / "run/model")
+    assert (tmp_path / "labels/model/config.json").is_file()
     weights = dict(before.named_parameters())
     moved = {name for name, new in after.named_parameters() if not torch.equal(new, weights[name])}
     # All slots learn; an expert that nothing was routed to may stay.
@@ -33,9 +34,13 @@ def test_the_verdict_follows_the_figures():
     assert len(vision_digits._missed("held-out", fine | {"zeroed": 0.5}, 0.9)) == 1
 
 
-def test_every_training_conversation_fits_a_row():
+def test_every_training_conversation_fits_a_row_with_a_label_per_position(tmp_path):
     recipe = load_recipe("vision-digits")
-    _, processor = compose(preset="tiny", plugins="llm,vision")
-    split = digits("train", **recipe.mixture["digits"].options)
+    options = recipe.mixture["digits"].options
+    source = vision_digits._learn_tokenizer(tmp_path, options)
+    overrides = (*vision_digits.OVERRIDES, f"tokenizer.source={source}")
+    _, processor = compose(preset="tiny", plugins="llm,vision", overrides=overrides)
+    split = digits("train", **options)
+    assert len(processor.plan(split[0].messages, train=True).labels) == options["labelled"]
     lengths = [len(processor.plan(split[i].messages, train=True).input_ids) for i in range(200)]
     assert max(lengths) <= recipe.sequence_length

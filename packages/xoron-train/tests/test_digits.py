@@ -4,7 +4,6 @@ conversation depends on nothing but (seed, split, index)."""
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from collections import Counter
@@ -16,7 +15,15 @@ from xoron_core.errors import ConfigError, PluginError
 from xoron_train.tasks.digits.baselines import Guesses
 from xoron_train.tasks.digits.dataset import SPLITS, Digits, digits
 from xoron_train.tasks.digits.scans import scans
-from xoron_train.tasks.digits.scenes import COLOURS, IMAGE_SIZE, KINDS, Scene, withheld
+from xoron_train.tasks.digits.scenes import (
+    COLOURS,
+    GREY,
+    IMAGE_SIZE,
+    KINDS,
+    Scene,
+    render,
+    withheld,
+)
 
 pytest.importorskip("sklearn")
 _MANY = 800
@@ -33,7 +40,11 @@ def test_what_is_unseen_never_stands_in_training() -> None:
     assert len(kept_out) == len(KINDS)
     assert {kind for kind, _ in kept_out} == set(KINDS)
     assert {colour for _, colour in kept_out} == set(COLOURS)
-    assert _combinations(digits("train")) == everything - kept_out
+    assert _combinations(digits("train", grey=0)) == everything - kept_out
+    grey = _combinations(digits("train", grey=1))
+    assert grey == {(kind, GREY) for kind in KINDS}
+    for split in ("held-out", "unseen"):
+        assert GREY not in {colour for _, colour in _combinations(digits(split, grey=1))}
     assert _combinations(digits("held-out")) == everything - kept_out
     assert _combinations(digits("unseen")) == kept_out
 
@@ -74,7 +85,7 @@ def test_splits_do_not_share_images() -> None:
 def test_answers_are_what_the_scene_says(split: str) -> None:
     seen = Counter()
     for index in range(_MANY):
-        scene, questions = digits(split, maps=0.3).draw(index)
+        scene, questions = digits(split, questions=3, grey=0.2).draw(index)
         for question in questions:
             assert question.answer == _answer(question.text, scene), question
             seen[question.kind] += 1
@@ -83,16 +94,9 @@ def test_answers_are_what_the_scene_says(split: str) -> None:
 
 def _answer(text: str, scene: Scene) -> str:
     """Reads the scene anew; unpacking fails where a question has no one answer."""
-    if text == "What is there?":
-        order = sorted(scene, key=lambda thing: 2 * thing.x + thing.side)
-        return ", ".join(f"{thing.colour} {thing.kind}" for thing in order)
-    if text in ("Map it.", "Map colours."):
-        found = ["."] * 16
-        for cell, t in itertools.product(range(16), scene):
-            x, y = cell % 4 * 16 + 8, cell // 4 * 16 + 8
-            if t.x <= x < t.x + t.side and t.y <= y < t.y + t.side:
-                found[cell] = (t.kind if text == "Map it." else t.colour)[0]
-        return "".join(found)
+    if match := re.fullmatch(r"Which column is the (\w+) in\?", text):
+        (one,) = (thing for thing in scene if thing.kind == match[1])
+        return "abcdefgh"[(2 * one.x + one.side) // 16]
     if text == "Which digit is there?":
         (only,) = (thing for thing in scene if thing.kind in "0123456789")
         return only.kind
@@ -126,7 +130,11 @@ def test_images_show_what_the_scene_says(split: str) -> None:
             pixels = image[box].reshape(-1, 3).astype(int)
             assert len(pixels) == thing.side**2  # wholly inside
             brightest = pixels[pixels.max(-1).argsort()[-10:]].mean(0)
-            assert names[np.abs(colours - brightest).sum(-1).argmin()] == thing.colour
+            if thing.colour == GREY:
+                assert np.ptp(brightest) < 40
+                assert brightest.max() < 195
+            else:
+                assert names[np.abs(colours - brightest).sum(-1).argmin()] == thing.colour
             assert ground[box].all()  # not on another thing
             ground[box] = False
         assert image[ground].max() < 90
@@ -157,18 +165,55 @@ def test_guessing_from_the_text_gains_little() -> None:
     assert guesses.scores(digits("unseen"), samples=400)[1]["colour"] == 0
 
 
-def test_what_is_asked_stands_in_turns_with_the_description_last() -> None:
-    split = digits("train", questions=2, maps=0)
-    for index in range(50):
+def test_what_is_asked_stands_in_turns_and_once() -> None:
+    split = digits("train", questions=3)
+    numbers = set()
+    for index in range(100):
         messages = split[index].messages
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
-        assert len(messages) <= 6
         assert [part["type"] for part in messages[0]["content"]] == ["image", "text"]
-        last = messages[-2]["content"]
-        assert (last if isinstance(last, str) else last[1]["text"]) == "What is there?"
+        assert "labels" not in messages[0]["content"][0]
+        asked = [messages[0]["content"][1]["text"], *(m["content"] for m in messages[2::2])]
+        assert len(set(asked)) == len(asked)
+        numbers.add(len(asked))
+    assert max(numbers) == 3
+    assert min(numbers) >= 1
     judged = digits("held-out")
     assert [judged[index].kind for index in range(4)] == ["digit", "colour", "count", "side"]
     assert all(len(judged[index].messages) == 2 for index in range(50))
+
+
+def test_labels_say_what_lies_in_each_square() -> None:
+    split = digits("train", labelled=16)
+    coloured = Counter()
+    for index in range(200):
+        scene, _ = split.draw(index)
+        labels = split[index].messages[0]["content"][0]["labels"]
+        assert len(labels) == 16
+        assert labels.count(".") == 16 - len(scene)
+        for thing in scene:
+            row, column = (int((start + thing.side / 2) // 16) for start in (thing.y, thing.x))
+            said = labels[4 * row + column]
+            assert said in (thing.kind, thing.colour)
+            assert said != GREY
+            coloured[thing.colour != GREY and said == thing.colour] += 1
+    assert 0.15 < coloured[True] / coloured.total() < 0.35  # half of those with a colour
+    for split_name in ("held-out", "unseen"):
+        judged = digits(split_name, labelled=16)[0].messages
+        assert "labels" not in judged[0]["content"][0]
+
+
+def test_training_scans_are_varied_and_others_are_not() -> None:
+    split = digits("train")
+    scenes = (split.draw(index)[0] for index in range(100))
+    scene = next(one for one in scenes if one[0].is_digit)
+    drawn = [
+        render(scene, split.scans, np.random.default_rng(seed), varied=varied)
+        for varied in (True, False)
+        for seed in (0, 1)
+    ]
+    changes = [np.abs(a.astype(int) - b).mean() for a, b in (drawn[:2], drawn[2:])]
+    assert changes[0] > 1.2 * changes[1]
 
 
 def test_mistakes_are_named() -> None:
@@ -176,8 +221,8 @@ def test_mistakes_are_named() -> None:
         digits("heldout")
     with pytest.raises(ConfigError, match="question"):
         digits("train", question=3)
-    with pytest.raises(ConfigError, match="nothing to learn"):
-        digits("train", questions=0, describe=False)
+    with pytest.raises(ConfigError, match="no square number"):
+        digits("train", labelled=15)
     with pytest.raises(IndexError):
         digits("train", samples=5)[5]
 

@@ -1,5 +1,5 @@
-"""Proves the values of the schedule, what weight decay spares, and the optimizer's state by
-name."""
+"""Proves the values of the schedule, what weight decay spares, what Muon is for and that beside
+AdamW it steps as alone, and the optimizer's state by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from xoron_train.optim import (
     decayed_names,
     learning_rate,
     load_optimizer_tensors,
+    muon_names,
     optimizer_tensors,
+    set_learning_rate,
 )
 from xoron_train.recipe import Recipe
 
@@ -129,3 +131,73 @@ def test_the_decay_of_one_step_is_exact(new_recipe: Callable[..., Recipe]) -> No
     for name, value in model.state_dict().items():
         shrink = 1 - 0.1 * 0.5 if name in ("inner.weight", "experts") else 1.0
         torch.testing.assert_close(value, before[name] * shrink, rtol=1e-6, atol=0)
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+def test_muon_and_adamw_step_beside_each_other_as_they_do_alone(
+    new_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = new_recipe(
+        muon={"learning_rate": 0.05, "momentum": 0.9}, weight_decay=0.1, max_steps=9, warmup_steps=3
+    )
+    torch.manual_seed(0)
+    model, alone = Model(), Model()
+    alone.load_state_dict(model.state_dict())
+    assert muon_names(model) == {"inner.weight"}  # not experts of three axes, not what is tied
+    trained = dict(model.named_parameters())
+    optimizer = build_optimizer(model, trained, recipe)
+    muon = torch.optim.Muon([alone.inner.weight], lr=0.05, weight_decay=0.1, momentum=0.9)
+    options = {"lr": 0.01, "betas": recipe.betas, "eps": recipe.epsilon}
+    spared = [alone.norm.weight, alone.norm.bias, alone.inner.bias, alone.embedding.weight]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [alone.experts], "weight_decay": 0.1},
+            {"params": [*spared, alone.bias], "weight_decay": 0.0},
+        ],
+        **options,
+    )
+    for step in range(4):
+        assert set_learning_rate(optimizer, step, recipe) == learning_rate(step, recipe)
+        share = learning_rate(step, recipe) / recipe.learning_rate
+        for one, peak in ((muon, 0.05), (adamw, 0.01)):
+            for group in one.param_groups:
+                group["lr"] = peak * share
+        _step(model, optimizer, step)
+        torch.manual_seed(step)
+        for parameter in alone.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        muon.step()
+        adamw.step()
+    for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
+    # A copy that takes over state and weights goes on bit for bit.
+    other = Model()
+    other.load_state_dict(model.state_dict())
+    named = dict(other.named_parameters())
+    continued = build_optimizer(other, named, recipe)
+    tensors = {key: tensor.clone() for key, tensor in optimizer_tensors(optimizer, trained).items()}
+    load_optimizer_tensors(continued, named, tensors, where="x")
+    for one, kept in ((model, optimizer), (other, continued)):
+        set_learning_rate(kept, 4, recipe)
+        _step(one, kept, 4)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_muon_leaves_an_untied_head_to_adamw(new_model: Callable[..., Path]) -> None:
+    from xoron_core.api import load
+
+    model, _ = load(new_model())
+    names = muon_names(model)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is not embedding.weight
+    ids = {id(head.weight), id(embedding.weight)}
+    named = dict(model.named_parameters())
+    assert names and not ids & {id(named[name]) for name in names}
+    assert decayed_names(model) - names == {n for n, p in named.items() if p is head.weight}

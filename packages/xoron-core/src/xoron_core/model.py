@@ -175,6 +175,7 @@ class XoronModel(TransformersModel):
         logits_to_keep: int = 0,
         document_ids: Tensor | None = None,
         loss_weights: Tensor | None = None,
+        media_labels: Tensor | None = None,
         media: Mapping[str, Mapping[str, Tensor]] | None = None,
         images: Any = None,
         seed: int | None = None,
@@ -196,6 +197,8 @@ class XoronModel(TransformersModel):
             logits_to_keep: logits of the last positions only; 0 for all.
             document_ids: (B, N), 1.. per packed document, 0 padding.
             loss_weights: (B, N), weight of each label.
+            media_labels: (B, N), for rows that media fill the id of a word, else -100; see
+                `losses.label_loss`.
             media: slot to its tensors and `spans` (see `xoron_core.fill`).
             images: the published form: (M, 3, H, W) pixel values, or a list of files or arrays, for
                 `image.encoder`, at the placeholders of `input_ids` (`xoron_core.placeholders`).
@@ -207,7 +210,13 @@ class XoronModel(TransformersModel):
         media = with_images(self, media, images=images, input_ids=input_ids)
         terms: dict[str, LossTerm] = {}
         outputs = train_alone(self, media) if self._wants_losses(labels, media) else {}
-        hidden = cache = statistics = None
+        # What parts that train alone observed, under their outputs' name for it.
+        statistics = {
+            slot: output["statistics"]
+            for slot, output in outputs.items()
+            if isinstance(output, Mapping) and output.get("statistics")
+        }
+        hidden = cache = None
         if input_ids is not None or inputs_embeds is not None:
             backbone = self.need_backbone()
             embedded = embed(
@@ -229,7 +238,8 @@ class XoronModel(TransformersModel):
                 media=media,
             )
             hidden, cache = output.hidden, output.cache
-            statistics = {backbone.slot: output.statistics} if output.statistics else None
+            if output.statistics:
+                statistics[backbone.slot] = output.statistics
             if labels is not None and shared is not None:
                 terms["text"] = context_parallel.text_loss(
                     hidden, shared, backbone.logits, head=backbone.linear_head()
@@ -242,6 +252,10 @@ class XoronModel(TransformersModel):
                     head=backbone.linear_head(),
                     document_ids=document_ids,
                     loss_weights=loss_weights,
+                )
+            if media_labels is not None:
+                terms["labels"] = losses.label_loss(
+                    embedded.embeds, media_labels, backbone.logits, head=backbone.linear_head()
                 )
             if self._wants_losses(labels, media):
                 terms.update(generator_losses(self, hidden, media, seed))
@@ -258,7 +272,7 @@ class XoronModel(TransformersModel):
             hidden=hidden,
             losses=terms or None,
             outputs=outputs or None,
-            statistics=statistics,
+            statistics=statistics or None,
         )
 
     def after_optimizer_step(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -284,6 +298,8 @@ class XoronModel(TransformersModel):
             counts["text"] = losses.text_count(
                 batch["labels"], batch.get("document_ids"), batch.get("loss_weights")
             )
+        if batch.get("media_labels") is not None:
+            counts["labels"] = losses.label_count(batch["media_labels"])
         if self.backbone is not None and self._wants_losses(batch.get("labels"), media):
             slot, own = self.backbone.slot, self.backbone.loss_counts(batch)
             counts |= {f"{slot}/{name}": count for name, count in own.items()}

@@ -7,6 +7,7 @@ data workers. It is saved as the tokenizer's files; everything else it reads fro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -22,7 +23,9 @@ from xoron_core.composer.space import used_modalities
 from xoron_core.descriptors import Modality, resolve
 from xoron_core.errors import DataError, PluginError, SequenceError
 from xoron_core.fill import COUNTS, codec_range_names
+from xoron_core.flattening import Limits
 from xoron_core.folder import read_config, read_space
+from xoron_core.pieces import SpanGrammar
 from xoron_core.plugins import Registry
 from xoron_core.plugins import registry as installed
 from xoron_core.tokens.encode import encode_chat
@@ -89,6 +92,23 @@ class XoronProcessor:
         tokenizer = self._need_tokenizer()
         return cast(str, tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
+    # sequences
+
+    def span_grammar(self) -> SpanGrammar:
+        """Builds and parses sequences of text and media codes of this composition.
+
+        Raises:
+            PluginError: if it has neither a tokenizer nor a codec.
+        """
+        if self.space is None:
+            raise PluginError(f"there are no sequences: {_NO_TEXT}")
+        limits: dict[str, Limits] = {}
+        for cls, config in self._parts.values():
+            if issubclass(cls, Codec):
+                name = codec_range_names(cls, config)[0].rpartition(":")[0]
+                limits[name] = cls.frame_limits(config)
+        return SpanGrammar(self.space, self.modalities, limits=limits)
+
     # conversations
 
     def plan(
@@ -130,7 +150,17 @@ class XoronProcessor:
             modalities=self.modalities,
             space=space,
             measure=self._measure,
+            label_id=cache(self._label_id) if train else None,
         )
+
+    def _label_id(self, label: str) -> int:
+        ids = encode_text(self._need_tokenizer(), label)
+        if len(ids) != 1:
+            raise SequenceError(
+                f"label {label!r} of a medium is {len(ids)} ids in this tokenizer, expected 1:"
+                " a position learns one; choose shorter labels or a tokenizer that knows the word"
+            )
+        return ids[0]
 
     def __call__(
         self,

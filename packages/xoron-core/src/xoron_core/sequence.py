@@ -37,6 +37,7 @@ class Placed:
         again: whether it is input again for later turns.
         route: `encoder`, `codec` or `generator` if its message chose one.
         media: what the modality's `load` gave.
+        labels: a word for each of its positions, to learn from; None for nothing.
     """
 
     modality: str
@@ -44,6 +45,7 @@ class Placed:
     again: bool
     route: str | None
     media: Any
+    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ class Plan:
         input_ids: (n,) int64.
         learned: (n,) bool, positions an assistant says (and that are ids).
         spans: what media fill.
+        labels: position to the id of the word that the medium's row there is to resemble.
     """
 
     input_ids: Tensor
     learned: Tensor
     spans: tuple[Span, ...] = field(default=())
+    labels: Mapping[int, int] = field(default_factory=dict)
 
 
 def route_slot(composition: Composition, modality: str, direction: str, chosen: str | None) -> str:
@@ -133,7 +137,14 @@ def media_parts(messages: Sequence[Message], modalities: Mapping[str, Modality])
                 )
             target = message.get("role") == "assistant"
             again = target and index + 1 < len(messages)
-            found.append(Placed(types[kind], target, again, part.get("route"), data))
+            labels = part.get("labels")
+            if labels is not None and target:
+                raise SequenceError(
+                    f"message {index}: {kind} of an assistant has labels, which are for what goes"
+                    " in; give them to media of a user"
+                )
+            labels = None if labels is None else tuple(labels)
+            found.append(Placed(types[kind], target, again, part.get("route"), data, labels))
     return found
 
 
@@ -146,6 +157,7 @@ def expand(
     modalities: Mapping[str, Modality],
     space: TokenSpace,
     measure: Callable[[str, Any], tuple[Mapping[str, Any], int, int]],
+    label_id: Callable[[str], int] | None = None,
 ) -> Plan:
     """Replaces each single placeholder by the positions that its medium takes.
 
@@ -156,9 +168,11 @@ def expand(
         composition, modalities, space: of the model.
         measure: (slot, medium) to its item, its number of positions, and the id that stands there
             until it is filled.
+        label_id: a label to its id; None leaves labels out.
 
     Raises:
-        SequenceError: if placeholders and media differ in number.
+        SequenceError: if placeholders and media differ in number, or a medium's positions and
+            labels.
     """
     marks = {space.id_of(m.placeholder): m.name for m in modalities.values()}
     where = (
@@ -173,6 +187,7 @@ def expand(
     pieces: list[Tensor] = []
     flags: list[Tensor] = []
     spans: list[Span] = []
+    labels: dict[int, int] = {}
     length = last = 0
 
     def push(values: Tensor, flag: Tensor) -> None:
@@ -192,6 +207,8 @@ def expand(
         direction = "out" if medium.target else "in"
         slot = route_slot(composition, medium.modality, direction, medium.route)
         push_span(slot, medium.media, medium.target and slot.endswith(".codec"))
+        if label_id is not None and medium.labels is not None:
+            labels |= _labels(medium, spans[-1], label_id)
         last = position + 1
         if medium.again and not slot.endswith(".codec"):
             # Its queries carry no media: later turns read it through the input route.
@@ -203,7 +220,17 @@ def expand(
             push_span(route_slot(composition, medium.modality, "in", None), medium.media, False)
             push(ids.new_tensor([space.id_of(modality.end)]), no)
     push(ids[last:], learned[last:])
-    return Plan(torch.cat(pieces), torch.cat(flags), tuple(spans))
+    return Plan(torch.cat(pieces), torch.cat(flags), tuple(spans), labels)
+
+
+def _labels(medium: Placed, span: Span, label_id: Callable[[str], int]) -> dict[int, int]:
+    assert medium.labels is not None
+    if len(medium.labels) != span.length:
+        raise SequenceError(
+            f"{medium.modality} in slot {span.slot!r} takes {span.length} positions but has"
+            f" {len(medium.labels)} labels; give one for each position"
+        )
+    return {span.start + index: label_id(label) for index, label in enumerate(medium.labels)}
 
 
 def collate(
@@ -220,13 +247,14 @@ def collate(
         plans: B conversations.
         pad_id: the id of padding positions.
         padding_side: `left` to generate, `right` to train.
-        train: whether to add labels and document ids.
+        train: whether to add labels, of text and of media, and document ids.
         gather_items: (slot, items) to that component's tensors; needed where there are media.
     """
     B, N = len(plans), max(len(plan.input_ids) for plan in plans)
     input_ids = torch.full((B, N), pad_id, dtype=torch.int64)
     valid = torch.zeros(B, N, dtype=torch.int64)
     learned = torch.zeros(B, N, dtype=torch.bool)
+    labels = torch.full((B, N), IGNORE, dtype=torch.int64)
     rows: dict[str, list[tuple[int, int, int]]] = {}
     items: dict[str, list[Mapping[str, Any]]] = {}
     for b, plan in enumerate(plans):
@@ -235,12 +263,16 @@ def collate(
         input_ids[b, start : start + n] = plan.input_ids
         valid[b, start : start + n] = 1
         learned[b, start : start + n] = plan.learned
+        for position, token in plan.labels.items():
+            labels[b, start + position] = token
         for span in plan.spans:
             rows.setdefault(span.slot, []).append((b, start + span.start, span.length))
             items.setdefault(span.slot, []).append(span.item)
     batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": valid}
     if train:
         batch["labels"] = torch.where(learned, input_ids, IGNORE)
+        if any(plan.labels for plan in plans):
+            batch["media_labels"] = labels
         batch["document_ids"] = valid.clone()
     if items:
         assert gather_items is not None

@@ -17,7 +17,8 @@ class Conversation:
     Attributes:
         name: what it is reported under.
         messages: Hugging Face chat messages; a medium is whatever its modality loads (a path,
-            bytes, an array). What the assistant says is what is learned, or expected.
+            bytes, an array). What the assistant says is what is learned, or expected; a medium of
+            the user may have `labels`, a word for each of its positions.
         kind: of question, for scores by kind; may be empty.
     """
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from xoron_core.components import LossTerm
@@ -26,9 +27,10 @@ Batch = Mapping[str, Any]
 
 
 def global_counts(counts: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
-    """Sums every loss's count over all processes, each of which must hold the same losses."""
-    names = sorted(counts)
-    local = torch.tensor([counts[name] for name in names], dtype=torch.float64)
+    """Sums every loss's count over all processes; one may have losses that another has not."""
+    every = gather_object([sorted(counts)]) if accelerator.num_processes > 1 else [counts]
+    names = sorted({name for some in every for name in some})
+    local = torch.tensor([counts.get(name, 0.0) for name in names], dtype=torch.float64)
     return dict(zip(names, sum_over_processes(local, accelerator), strict=True))
 
 

@@ -1,5 +1,6 @@
-"""AdamW's parameter groups, the learning rate as a pure function of the step, and the optimizer's
-state by parameter name.
+"""The optimizer, its learning rate as a pure function of the step, and its state by parameter name.
+
+AdamW for everything, or Muon for the matrices inside the model and AdamW for the rest.
 
 Frozen parameters are in no group at all: decoupled weight decay would move them even where their
 gradient is zero.
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xoron_core.errors import FolderError
+from xoron_core.model import XoronModel
 from xoron_train.recipe import Recipe
 
 
@@ -48,29 +51,100 @@ def decayed_names(model: nn.Module) -> set[str]:
     }
 
 
-def build_optimizer(
-    model: nn.Module, trained: Mapping[str, nn.Parameter], recipe: Recipe
-) -> torch.optim.AdamW:
-    """Builds AdamW (Loshchilov & Hutter 2019) over `trained` in two groups, with and without decay.
+def muon_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that Muon is for: matrices that neither read nor write token ids.
+
+    That is every decayed parameter with exactly two axes, heads left out.
+    """
+    head = model.get_output_embeddings() if isinstance(model, XoronModel) else None
+    heads = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    named = dict(model.named_parameters())
+    return {n for n in decayed_names(model) if named[n].ndim == 2 and id(named[n]) not in heads}
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) and AdamW as one optimizer: their groups and states side by side.
 
     Args:
-        model: names what is an embedding or a norm.
+        muon, adamw: freshly built, over different parameters.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self.both = (muon, adamw)
+        # Groups are kept as the very dictionaries that the two read their rates from.
+        super().__init__([group for one in self.both for group in one.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        muon, adamw = self.both
+        number = len(muon.param_groups)
+        muon.param_groups, adamw.param_groups = (
+            self.param_groups[:number],
+            self.param_groups[number:],
+        )
+        muon.state = adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
+        assert closure is None
+        for one in self.both:
+            one.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer; the two then read the loaded groups and state."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def build_optimizer(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], recipe: Recipe
+) -> torch.optim.Optimizer:
+    """Builds the recipe's optimizer over `trained`.
+
+    AdamW (Loshchilov & Hutter 2019) has two groups, with and without decay. With `muon` the
+    matrices that `muon_names` gives are Muon's, at `muon.learning_rate` and with decay. Each group
+    has its own `peak`, which `set_learning_rate` scales.
+
+    Args:
+        model: names what is an embedding, a norm or a head.
         trained: parameter by name; the only ones in the optimizer.
         recipe: its rates.
     """
     decayed = decayed_names(model)
-    with_decay = [parameter for name, parameter in trained.items() if name in decayed]
-    without = [parameter for name, parameter in trained.items() if name not in decayed]
+    hidden = set() if recipe.muon is None else muon_names(model) & trained.keys()
+    rest = {name: parameter for name, parameter in trained.items() if name not in hidden}
     groups = [
-        {"params": with_decay, "weight_decay": recipe.weight_decay},
-        {"params": without, "weight_decay": 0.0},
+        {"params": [p for n, p in rest.items() if (n in decayed) == decays], "weight_decay": decay}
+        for decays, decay in ((True, recipe.weight_decay), (False, 0.0))
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=recipe.learning_rate,
-        betas=recipe.betas,
-        eps=recipe.epsilon,
+    groups = [{**group, "peak": recipe.learning_rate} for group in groups if group["params"]]
+    if not hidden:
+        return _adamw(groups, recipe)
+    assert recipe.muon is not None
+    matrices = [parameter for name, parameter in trained.items() if name in hidden]
+    rate = recipe.muon.learning_rate
+    muon = torch.optim.Muon(
+        [{"params": matrices, "peak": rate}],
+        lr=rate,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.muon.momentum,
     )
+    return MuonWithAdamW(muon, _adamw(groups, recipe)) if groups else muon
+
+
+def _adamw(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, recipe: Recipe) -> float:
+    """Sets each group's rate for optimizer step `step` and returns that of `learning_rate`."""
+    rate = learning_rate(step, recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * (group["peak"] / recipe.learning_rate)
+    return rate
 
 
 def optimizer_tensors(

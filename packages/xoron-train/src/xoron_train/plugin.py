@@ -41,9 +41,14 @@ def xoron_recipes() -> list[RecipeFile]:
             "Stage 2 of seeing: the connector and LoRA on the backbone.",
         ),
         RecipeFile(
+            "vision-digits-labels",
+            "xoron_train:presets/vision-digits-labels.yaml",
+            "Stage 1 of vision-digits: what lies where, from random weights.",
+        ),
+        RecipeFile(
             "vision-digits",
             "xoron_train:presets/vision-digits.yaml",
-            "Questions about scanned digits and shapes, from random weights.",
+            "Stage 2 of vision-digits: questions about scanned digits and shapes.",
         ),
     ]
 

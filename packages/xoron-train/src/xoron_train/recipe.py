@@ -69,6 +69,19 @@ class LoraRecipe(Config):
     merge: bool = True
 
 
+class MuonRecipe(Config):
+    """Muon: momentum, made orthogonal (Jordan et al. 2024).
+
+    Attributes:
+        learning_rate: its peak; a matrix with more rows than columns is scaled by the root of that
+            ratio. The schedule and the weight decay are the recipe's.
+        momentum: Nesterov's.
+    """
+
+    learning_rate: float = Field(default=0.02, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+
+
 class Recipe(Config):
     """A training stage. Lengths are in tokens, rates per optimizer step.
 
@@ -99,6 +112,8 @@ class Recipe(Config):
         min_lr_ratio: the cosine ends at this share of the peak.
         weight_decay: decoupled, on matrices only: not on biases, norms and embeddings.
         betas, epsilon: of AdamW.
+        muon: trains the matrices inside the model with Muon; `learning_rate` is then that of the
+            embeddings, heads, norms, biases and convolutions.
         max_grad_norm: global norm to clip at, None for no clipping.
         precision: of the forward and backward pass; weights and optimizer stay fp32. `auto` is
             bf16 on a GPU that has it, else fp32.
@@ -143,6 +158,7 @@ class Recipe(Config):
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.1, ge=0)
+    muon: MuonRecipe | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)

@@ -46,9 +46,9 @@ from xoron_train.losses import (
 from xoron_train.metrics import MetricsLog, ProgressLine, bits_per_byte
 from xoron_train.optim import (
     build_optimizer,
-    learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
+    set_learning_rate,
 )
 from xoron_train.precision import cast_weights
 from xoron_train.recipe import Recipe
@@ -204,9 +204,7 @@ class Trainer:
         counts = global_counts(local_counts(self.core, window), self.accelerator)
         if not self.checked:
             check_weights(recipe.loss_weights, counts)
-        rate = learning_rate(self.step, recipe)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_learning_rate(self.optimizer, self.step, recipe)
         statistics = StepStatistics()
         sums = self._accumulate(window, counts, statistics)
         limit = recipe.max_grad_norm if recipe.max_grad_norm is not None else math.inf

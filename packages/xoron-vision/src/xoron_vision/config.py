@@ -133,6 +133,7 @@ class ConvVitConfig(Config):
     Attributes:
         image_size: side in pixels of what every image is resized to, a multiple of `stride`.
         widths: channels behind each halving; the last is the width of the transformer.
+        num_blocks: residual blocks of convolutions between the last halving and the transformer.
         num_layers, num_heads: of the transformer.
         norm_groups: of the convolutions' group norms, dividing every width.
         rope_theta: base of the 2-D rotary positions.
@@ -141,6 +142,7 @@ class ConvVitConfig(Config):
 
     image_size: PositiveInt = 64
     widths: tuple[PositiveInt, ...] = (32, 64, 128)
+    num_blocks: int = Field(default=0, ge=0)
     num_layers: int = Field(default=2, ge=0)
     num_heads: PositiveInt = 4
     norm_groups: PositiveInt = 8

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from xoron_core.components import Context, Encoder, Features
+from xoron_core.nn.conv import ResBlock2d
 from xoron_core.nn.joint_attention import JointBlock
 from xoron_core.nn.rope_axes import axial_tables
 from xoron_vision.config import ConvVitConfig, Preprocess
@@ -45,6 +46,10 @@ class ConvVitEncoder(Encoder):
             steps.append(nn.Conv2d(channels, width, kernel, stride=2, padding=kernel // 2))
             steps += (nn.GroupNorm(config.norm_groups, width), nn.GELU())
             channels = width
+        groups = config.norm_groups
+        steps += (
+            ResBlock2d(channels, channels, norm_groups=groups) for _ in range(config.num_blocks)
+        )
         self.stem = nn.Sequential(*steps)
         self.layers = nn.ModuleList(
             JointBlock(config.hidden_size, config.num_heads, num_streams=1)

@@ -145,8 +145,10 @@ class TalkSource(IndexedSource[Talk]):
             raise DataError(
                 f"takes {len(plan.input_ids)} positions, more than sequence_length={self.length}"
             )
-        if not plan.learned.any():
-            raise DataError("the assistant says nothing in it that could be learned")
+        if not (plan.learned.any() or plan.labels):
+            raise DataError(
+                "the assistant says nothing in it that could be learned, and no medium has labels"
+            )
         return plan
 
     def _side(self, conversation: Conversation) -> str:

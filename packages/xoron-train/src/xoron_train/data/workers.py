@@ -3,12 +3,15 @@
 Footguns:
 - The state of a walk counts what was taken, not what was read ahead, so the number of workers
   changes neither what comes next nor how a run resumes.
+- Tensors go from a worker as shared memory, at a file descriptor and some system calls each: items
+  of many small tensors are pickled whole instead.
 - A `DataLoader` draws its workers' seed from torch's global generator unless it has one of its own;
   that would change the training's randomness with the number of workers.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar, cast
 
@@ -28,11 +31,12 @@ class _Reads(Dataset[object]):
     def __init__(self, read: Callable[[int], object]) -> None:
         self.read = read
 
-    def __getitem__(self, index: int) -> object:
+    def __getitem__(self, index: int) -> bytes:
         try:
-            return self.read(index)
+            item = self.read(index)
         except XoronError as error:
-            return error
+            item = error
+        return pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
 
 
 def read_ahead(read: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:
@@ -61,7 +65,8 @@ def read_ahead(read: Callable[[int], T], indices: Iterable[int], workers: int) -
         multiprocessing_context="forkserver",
         generator=torch.Generator(),
     )
-    for item in loader:
+    for sent in loader:
+        item = pickle.loads(sent)  # noqa: S301  # from a process of our own
         if isinstance(item, XoronError):
             raise item
         yield cast(T, item)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 from xoron_train.conversation import TRAIN
 from xoron_train.tasks.digits.dataset import Digits, digits
-from xoron_train.tasks.digits.questions import ASKED, Question
+from xoron_train.tasks.digits.questions import ASKED, Question, ask
 
 _ALL = "all"
 
@@ -20,11 +20,12 @@ class Guesses:
     """
 
     def __init__(self, *, samples: int = 5000, seed: int = 0) -> None:
-        train = digits(TRAIN, seed=seed, questions=len(ASKED), describe=False, maps=0)
+        train = digits(TRAIN, seed=seed, grey=0.0)
         kinds: dict[str, Counter[str]] = defaultdict(Counter)
         texts: dict[str, Counter[str]] = defaultdict(Counter)
         for index in range(samples):
-            for question in train.draw(index)[1]:
+            scene, rng = train.draw(index)[0], train.rng(index, 3)
+            for question in filter(None, (ask(scene, kind, rng) for kind in ASKED)):
                 kinds[question.kind][question.answer] += 1
                 texts[question.text][question.answer] += 1
         self._by_kind = {kind: _first(answers) for kind, answers in kinds.items()}

@@ -1,18 +1,22 @@
 """The splits of `vision-digits` as conversations.
 
-- `train`: scans of some hands; of all combinations of a digit or shape with a colour, five in six.
-  A conversation asks several questions and then, if told to, for everything that is there.
+- `train`: scans of some hands, warped at random; of all combinations of a digit or shape with a
+  colour, five in six, and a share of scenes in grey. A conversation asks several questions, and
+  each position of its image may be labelled with what lies there.
 - `held-out`: scans of other hands, combinations as in training; one question each.
 - `unseen`: scans of other hands, and every thing a combination that never stands in training.
 
 Conversation i of a split is a pure function of (seed, split, i).
 
-Footgun: what has been answered stands before the next question, so a model could learn from text
-alone; that is why the description, which tells all, comes last.
+Footguns:
+- What has been answered stands before the next question, so some of it can be answered from text.
+- Things that were never seen in a colour can be told apart by it, without a look at their shape: a
+  model that does so fails on `unseen`. Things in grey have nothing else than their shape.
 """
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +25,7 @@ from pydantic import Field, model_validator
 from xoron_core.config import Config
 from xoron_core.errors import ConfigError, did_you_mean
 from xoron_train.conversation import HELD_OUT, TRAIN, Conversation
-from xoron_train.tasks.digits.questions import ASKED, Question, ask, describe, draw_map
+from xoron_train.tasks.digits.questions import ASKED, TAUGHT, Question, ask, label
 from xoron_train.tasks.digits.scans import scans
 from xoron_train.tasks.digits.scenes import Scene, draw_scene, render
 
@@ -35,20 +39,26 @@ class DigitsOptions(Config):
     Attributes:
         seed: of all scenes.
         samples: how many conversations a split has.
-        questions: of a training conversation, at most; of different kinds where the scene has them.
-        describe: whether a training conversation ends with everything that is there.
+        questions: of a training conversation, at most; fewer where a scene has not as many, and
+            none with 0, where its labels alone are learned.
+        grey: share of training scenes without colours.
+        labelled: the image's positions in the model, if they are to be labelled in training: a
+            square number, row by row; 0 labels nothing.
     """
 
     seed: int = Field(default=0, ge=0)
-    samples: int = Field(default=100_000, ge=1)
-    questions: int = Field(default=3, ge=0, le=len(ASKED))
-    describe: bool = True
-    maps: float = Field(default=0.5, ge=0, le=1)
+    samples: int = Field(default=1_000_000, ge=1)
+    questions: int = Field(default=4, ge=0)
+    grey: float = Field(default=0.5, ge=0, le=1)
+    labelled: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _asks_something(self) -> Self:
-        if not (self.questions or self.describe):
-            raise ValueError("questions: 0 with describe: false leaves nothing to learn")
+    def _teaches(self) -> Self:
+        if not (self.questions or self.labelled):
+            raise ValueError("questions: 0 with labelled: 0 leaves nothing to learn")
+        # Two centres may be as near as 23 pixels, and at any place.
+        if self.labelled and isqrt(self.labelled) ** 2 != self.labelled:
+            raise ValueError(f"labelled: {self.labelled} is no square number, e.g. 16")
         return self
 
 
@@ -71,22 +81,27 @@ class Digits:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.split} has {len(self)} conversations, got {index}")
         scene, questions = self.draw(index)
+        image: dict[str, Any] = {"type": "image", "image": self.image(index, scene)}
+        if self.split == TRAIN and self.options.labelled:
+            columns = isqrt(self.options.labelled)
+            image["labels"] = label(scene, self.rng(index, 2), columns=columns)
         messages: list[dict[str, Any]] = []
         for question in questions:
             messages.append({"role": "user", "content": question.text})
             messages.append({"role": "assistant", "content": question.answer})
-        image = {"type": "image", "image": self.image(index, scene)}
-        messages[0]["content"] = [image, {"type": "text", "text": messages[0]["content"]}]
+        if not questions:
+            return Conversation(f"{self.split}-{index}", [{"role": "user", "content": [image]}])
+        messages[0]["content"] = [image, {"type": "text", "text": questions[0].text}]
         kind = questions[0].kind if len(questions) == 1 else ""
         return Conversation(f"{self.split}-{index}", messages, kind)
 
     def draw(self, index: int) -> tuple[Scene, list[Question]]:
         """The scene and the questions behind conversation `index`."""
-        rng = self._rng(index, 0)
+        rng = self.rng(index, 0)
         if self.split == TRAIN:
-            scene = draw_scene(rng, self.scans, unseen=False)
-            mapped = rng.random() < self.options.maps
-            return scene, [draw_map(scene, rng)] if mapped else self._several(scene, rng)
+            grey = rng.random() < self.options.grey
+            scene = draw_scene(rng, self.scans, unseen=False, grey=grey)
+            return scene, self._several(scene, rng)
         kind = list(ASKED)[index % len(ASKED)]
         while True:
             scene = draw_scene(rng, self.scans, unseen=self.split == UNSEEN)
@@ -96,16 +111,25 @@ class Digits:
 
     def image(self, index: int, scene: Scene) -> np.ndarray:
         """The image of conversation `index`: (64, 64, 3) uint8."""
-        return render(scene, self.scans, self._rng(index, 1))
+        return render(scene, self.scans, self.rng(index, 1), varied=self.split == TRAIN)
 
-    def _rng(self, index: int, part: int) -> np.random.Generator:
+    def rng(self, index: int, part: int) -> np.random.Generator:
+        """Of one part of conversation `index`: 0 scene and questions, 1 image, 2 labels."""
         return np.random.default_rng((self.options.seed, SPLITS.index(self.split), index, part))
 
     def _several(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
-        kinds = rng.permutation(list(ASKED))
-        found = [question for kind in kinds if (question := ask(scene, kind, rng))]
-        found = found[: self.options.questions]
-        return [*found, describe(scene)] if self.options.describe else found
+        """Questions of as many kinds as there are, none twice."""
+        if not self.options.questions:
+            return []
+        found: dict[str, Question] = {}
+        kinds = list(TAUGHT)
+        for kind in rng.permutation(np.resize(rng.permutation(kinds), self.options.questions)):
+            if question := ask(scene, kind, rng):
+                found.setdefault(question.text, question)
+        # A scene always has things to count.
+        counted = ask(scene, "count", rng)
+        assert counted is not None
+        return list(found.values()) or [counted]
 
 
 def digits(split: str, **options: Any) -> Digits:

@@ -25,6 +25,8 @@ COLOURS = {
     "pink": (250, 110, 225),
     "white": (240, 240, 240),
 }
+# Of things in training that show what digits and shapes are without saying so by their colour.
+GREY = "grey"
 SHAPES = ("circle", "square", "triangle")
 KINDS = (*(str(digit) for digit in range(10)), *SHAPES)
 
@@ -34,11 +36,17 @@ _MARGIN = 1
 _APART = 8
 # Share of digits among the things: there are more of them to tell apart than shapes.
 _DIGITS = 0.6
-_TRIES = 32
+_TRIES = 128
 _COUNT_WEIGHTS = (0.2, 0.3, 0.5)
 _SHADE = 15
 _NOISE = 5.0
 _GROUND = (0, 30)
+# Far from what is called white.
+_GREYS = (60, 165)
+# Of scans that are trained on: at most as far turned (radians) and slanted, stretched by a factor
+# as far from 1, moved by as many of the scan's 8 pixels.
+_TURN, _SLANT, _STRETCH, _MOVE = 0.26, 0.25, 0.15, 0.4
+_BOLDS = (1.1, 1.8)
 # Makes thin strokes as bright as their colour.
 _BOLD = 1.4
 
@@ -49,7 +57,7 @@ class Thing:
 
     Attributes:
         kind: of `KINDS`.
-        colour: of `COLOURS`.
+        colour: of `COLOURS`, or `GREY`.
         x, y: its left and upper edge in pixels.
         side: of its square, in pixels.
         scan: index of a digit's scan in its side of the split; -1 for a shape.
@@ -81,13 +89,16 @@ def withheld(kind: str, colour: str) -> bool:
     return KINDS.index(kind) % len(COLOURS) == list(COLOURS).index(colour)
 
 
-def draw_scene(rng: np.random.Generator, scans: Scans, *, unseen: bool) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, scans: Scans, *, unseen: bool, grey: bool = False
+) -> Scene:
     """Draws a scene, its things from left to right.
 
     Args:
         rng: of this scene alone.
         scans: that its digits are taken from.
         unseen: whether all its things are combinations that are withheld; else none is.
+        grey: whether its things have no colour.
     """
     count = int(rng.choice(3, p=_COUNT_WEIGHTS)) + 1
     sides = rng.integers(_SIDES[0], _SIDES[1] + 1, count)
@@ -96,7 +107,7 @@ def draw_scene(rng: np.random.Generator, scans: Scans, *, unseen: bool) -> Scene
         digit = rng.random() < _DIGITS
         kind = str(rng.integers(10)) if digit else SHAPES[rng.integers(len(SHAPES))]
         allowed = [colour for colour in COLOURS if withheld(kind, colour) == unseen]
-        colour = allowed[rng.integers(len(allowed))]
+        colour = GREY if grey else allowed[rng.integers(len(allowed))]
         scan = int(rng.choice(scans.by_digit[int(kind)])) if digit else -1
         things.append(Thing(kind, colour, int(x), int(y), int(side), scan))
     return tuple(sorted(things, key=lambda thing: thing.center))
@@ -116,14 +127,30 @@ def _places(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray:
             return corners[good[0]]
 
 
-def render(scene: Scene, scans: Scans, rng: np.random.Generator) -> np.ndarray:
-    """The image of a scene on a dark ground with a little noise: (S, S, 3) uint8."""
+def render(
+    scene: Scene, scans: Scans, rng: np.random.Generator, *, varied: bool = False
+) -> np.ndarray:
+    """The image of a scene on a dark ground with a little noise: (S, S, 3) uint8.
+
+    Args:
+        scene: what is there.
+        scans: of its digits.
+        rng: of this image alone.
+        varied: whether digits are turned, slanted, stretched and thickened at random: there are few
+            scans to learn from.
+    """
     ground = rng.uniform(*_GROUND, 3)
     noise = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     image = noise * _NOISE + ground
     for thing in scene:
-        colour = np.array(COLOURS[thing.colour]) + rng.uniform(-_SHADE, _SHADE, 3)
-        if thing.is_digit:
+        grey = thing.colour == GREY
+        colour = np.full(3, rng.uniform(*_GREYS)) if grey else np.array(COLOURS[thing.colour])
+        colour = colour + rng.uniform(-_SHADE, _SHADE, 3)
+        if thing.is_digit and varied:
+            ink = np.minimum(
+                1, rng.uniform(*_BOLDS) * _warped(scans.images[thing.scan], thing, rng)
+            )
+        elif thing.is_digit:
             spread = _spread(thing.side)
             ink = np.minimum(1, _BOLD * (spread @ scans.images[thing.scan] @ spread.T))
         else:
@@ -138,6 +165,24 @@ def _spread(side: int) -> np.ndarray:
     """(s, 8): bilinear interpolation of 8 pixels to s."""
     place = np.clip((np.arange(side) + 0.5) * 8 / side - 0.5, 0, 7)
     return np.clip(1 - np.abs(place[:, None] - np.arange(8)), 0, 1).astype(np.float32)
+
+
+def _warped(scan: np.ndarray, thing: Thing, rng: np.random.Generator) -> np.ndarray:
+    """(s, s): a scan (8, 8) under a random affine map, interpolated as `_spread` does."""
+    turn, slant = rng.uniform(-_TURN, _TURN), rng.uniform(-_SLANT, _SLANT)
+    stretch = 1 + rng.uniform(-_STRETCH, _STRETCH, 2)
+    moved = rng.uniform(-_MOVE, _MOVE, 2)
+    steps = (np.arange(thing.side) + 0.5) * 8 / thing.side - 4
+    y, x = np.meshgrid(steps, steps, indexing="ij")
+    across = ((np.cos(turn) * x - np.sin(turn) * y) + slant * y) / stretch[0] + moved[0]
+    down = (np.sin(turn) * x + np.cos(turn) * y) / stretch[1] + moved[1]
+    padded = np.pad(scan, 1)  # no ink beyond the scan
+    u, v = (np.clip(place + 4.5, 0, 8.999) for place in (across, down))
+    left, top = u.astype(int), v.astype(int)
+    u, v = u - left, v - top
+    upper = padded[top, left] * (1 - u) + padded[top, left + 1] * u
+    lower = padded[top + 1, left] * (1 - u) + padded[top + 1, left + 1] * u
+    return np.asarray(upper * (1 - v) + lower * v)
 
 
 @cache
