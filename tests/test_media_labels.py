@@ -1,6 +1,6 @@
 """Labels of media: a word for each position of an image. The loss is that of the model's own head
-on the rows that the projector made, normalised; it reaches encoder and projector and no layer of the
-backbone; without labels nothing changes; labels that do not fit are refused."""
+on the rows that the projector made, normalised; it reaches encoder and projector and no layer of
+the backbone; without labels nothing changes; labels that do not fit are refused."""
 
 import numpy as np
 import pytest

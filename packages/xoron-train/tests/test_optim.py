@@ -199,5 +199,6 @@ def test_muon_leaves_an_untied_head_to_adamw(new_model: Callable[..., Path]) -> 
     assert head.weight is not embedding.weight
     ids = {id(head.weight), id(embedding.weight)}
     named = dict(model.named_parameters())
-    assert names and not ids & {id(named[name]) for name in names}
+    assert names
+    assert not ids & {id(named[name]) for name in names}
     assert decayed_names(model) - names == {n for n, p in named.items() if p is head.weight}
