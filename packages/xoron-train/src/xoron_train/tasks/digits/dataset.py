@@ -17,7 +17,7 @@ Footguns:
 from __future__ import annotations
 
 from math import isqrt
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -31,6 +31,7 @@ from xoron_train.tasks.digits.scenes import Scene, draw_scene, render
 
 UNSEEN = "unseen"
 SPLITS = (TRAIN, HELD_OUT, UNSEEN)
+Taught = Literal["digit", "colour", "count", "side", "column"]
 
 
 class DigitsOptions(Config):
@@ -39,8 +40,9 @@ class DigitsOptions(Config):
     Attributes:
         seed: of all scenes.
         samples: how many conversations a split has.
-        questions: of a training conversation, at most; fewer where a scene has not as many, and
-            none with 0, where its labels alone are learned.
+        questions: kinds of `TAUGHT` that a training conversation asks about, in any order and as
+            often as they stand here; fewer where a scene has not as many. With none, its labels
+            alone are learned.
         grey: share of training scenes without colours.
         labelled: the image's positions in the model, if they are to be labelled in training: a
             square number, row by row; 0 labels nothing.
@@ -48,14 +50,14 @@ class DigitsOptions(Config):
 
     seed: int = Field(default=0, ge=0)
     samples: int = Field(default=1_000_000, ge=1)
-    questions: int = Field(default=4, ge=0)
+    questions: tuple[Taught, ...] = tuple(TAUGHT)
     grey: float = Field(default=0.5, ge=0, le=1)
     labelled: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _teaches(self) -> Self:
         if not (self.questions or self.labelled):
-            raise ValueError("questions: 0 with labelled: 0 leaves nothing to learn")
+            raise ValueError("questions: [] with labelled: 0 leaves nothing to learn")
         # Two centres may be as near as 23 pixels, and at any place.
         if self.labelled and isqrt(self.labelled) ** 2 != self.labelled:
             raise ValueError(f"labelled: {self.labelled} is no square number, e.g. 16")
@@ -118,18 +120,15 @@ class Digits:
         return np.random.default_rng((self.options.seed, SPLITS.index(self.split), index, part))
 
     def _several(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
-        """Questions of as many kinds as there are, none twice."""
-        if not self.options.questions:
-            return []
+        """Questions of the kinds that are taught, none twice."""
         found: dict[str, Question] = {}
-        kinds = list(TAUGHT)
-        for kind in rng.permutation(np.resize(rng.permutation(kinds), self.options.questions)):
+        for kind in rng.permutation(self.options.questions):
             if question := ask(scene, kind, rng):
                 found.setdefault(question.text, question)
-        # A scene always has things to count.
-        counted = ask(scene, "count", rng)
-        assert counted is not None
-        return list(found.values()) or [counted]
+        if self.options.questions and not found:
+            # A scene always has things to count.
+            found["count"] = cast(Question, ask(scene, "count", rng))
+        return list(found.values())
 
 
 def digits(split: str, **options: Any) -> Digits:

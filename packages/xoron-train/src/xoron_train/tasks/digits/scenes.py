@@ -136,8 +136,7 @@ def render(
         scene: what is there.
         scans: of its digits.
         rng: of this image alone.
-        varied: whether digits are turned, slanted, stretched and thickened at random: there are few
-            scans to learn from.
+        varied: whether digits are varied at random, see `digit_ink`.
     """
     ground = rng.uniform(*_GROUND, 3)
     noise = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
@@ -146,18 +145,29 @@ def render(
         grey = thing.colour == GREY
         colour = np.full(3, rng.uniform(*_GREYS)) if grey else np.array(COLOURS[thing.colour])
         colour = colour + rng.uniform(-_SHADE, _SHADE, 3)
-        if thing.is_digit and varied:
-            ink = np.minimum(
-                1, rng.uniform(*_BOLDS) * _warped(scans.images[thing.scan], thing, rng)
-            )
-        elif thing.is_digit:
-            spread = _spread(thing.side)
-            ink = np.minimum(1, _BOLD * (spread @ scans.images[thing.scan] @ spread.T))
-        else:
-            ink = _shape(thing.kind, thing.side)
+        warps = rng if varied else None
+        ink = (
+            digit_ink(scans.images[thing.scan], thing.side, warps)
+            if thing.is_digit
+            else _shape(thing.kind, thing.side)
+        )
         place = image[thing.y : thing.y + thing.side, thing.x : thing.x + thing.side]
         place += ink[..., None] * (colour - place)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def digit_ink(scan: np.ndarray, side: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """A scan (8, 8) as (s, s): how much of a digit's colour each pixel has, from 0 to 1.
+
+    Args:
+        scan: of `scans`.
+        side: s.
+        rng: turns, slants, stretches and thickens it at random; there are few scans to learn from.
+    """
+    if rng is not None:
+        return np.minimum(1, rng.uniform(*_BOLDS) * _warped(scan, side, rng))
+    spread = _spread(side)
+    return np.minimum(1, _BOLD * (spread @ scan @ spread.T))
 
 
 @cache
@@ -167,12 +177,12 @@ def _spread(side: int) -> np.ndarray:
     return np.clip(1 - np.abs(place[:, None] - np.arange(8)), 0, 1).astype(np.float32)
 
 
-def _warped(scan: np.ndarray, thing: Thing, rng: np.random.Generator) -> np.ndarray:
+def _warped(scan: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
     """(s, s): a scan (8, 8) under a random affine map, interpolated as `_spread` does."""
     turn, slant = rng.uniform(-_TURN, _TURN), rng.uniform(-_SLANT, _SLANT)
     stretch = 1 + rng.uniform(-_STRETCH, _STRETCH, 2)
     moved = rng.uniform(-_MOVE, _MOVE, 2)
-    steps = (np.arange(thing.side) + 0.5) * 8 / thing.side - 4
+    steps = (np.arange(side) + 0.5) * 8 / side - 4
     y, x = np.meshgrid(steps, steps, indexing="ij")
     across = ((np.cos(turn) * x - np.sin(turn) * y) + slant * y) / stretch[0] + moved[0]
     down = (np.sin(turn) * x + np.cos(turn) * y) / stretch[1] + moved[1]
