@@ -15,15 +15,14 @@ to see that everything runs; it judges nothing.
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import demo_kit
 
 if TYPE_CHECKING:
     from xoron_core.model import XoronModel
@@ -51,19 +50,11 @@ class Outcome:
 
 def main() -> int:
     """Runs the demo and returns the exit code."""
-    parser = argparse.ArgumentParser(description="Compose, train and judge a tiny text model.")
+    parser = demo_kit.parser("Compose, train and judge a tiny text model.", "text-demo")
     parser.add_argument("--steps", type=int, help="optimizer steps; the recipe's if not given")
-    parser.add_argument("--out", type=Path, help="an empty folder; runs/text-demo-N if not given")
-    parser.add_argument("--smoke", action="store_true", help="only see that everything runs")
     options = parser.parse_args()
-    _set_up_logging()
-    from xoron_core.errors import XoronError
-
-    try:
-        return demo(options.out or _free_folder(), steps=options.steps, smoke=options.smoke)
-    except XoronError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    out = options.out or demo_kit.free_folder("text-demo")
+    return demo_kit.run(lambda: demo(out, steps=options.steps, smoke=options.smoke))
 
 
 def demo(out: Path, *, steps: int | None, smoke: bool) -> int:
@@ -168,24 +159,6 @@ def _print_outcome(outcome: Outcome, facts: dict[str, str], sample: str) -> None
     for name, score in outcome.scores.items():
         print(f"{name:16} {score:12.4f}")
     print(f"\nsample\n{PROMPT}{sample}\n")
-
-
-def _free_folder() -> Path:
-    number = 1
-    while (folder := Path("runs") / f"text-demo-{number}").exists():
-        number += 1
-    return folder
-
-
-def _set_up_logging() -> None:
-    # Before transformers is imported, which reads these once.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("xoron")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

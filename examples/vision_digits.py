@@ -22,14 +22,13 @@ better than the text. `--smoke` makes a few steps, to see that everything runs; 
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import demo_kit
 
 # `tiny` with an encoder that learns from few images, and a smaller backbone.
 OVERRIDES = (
@@ -56,21 +55,13 @@ Scores = dict[str, dict[str, float]]
 
 def main() -> int:
     """Runs the demo and returns the exit code."""
-    parser = argparse.ArgumentParser(description="Compose, train and judge a model that sees.")
+    parser = demo_kit.parser("Compose, train and judge a model that sees.", "vision-digits")
     parser.add_argument(
         "--steps", type=int, help="optimizer steps of each stage; the recipes' if not given"
     )
-    parser.add_argument("--out", type=Path, help="an empty folder; runs/vision-digits-N if none")
-    parser.add_argument("--smoke", action="store_true", help="only see that everything runs")
     options = parser.parse_args()
-    _set_up_logging()
-    from xoron_core.errors import XoronError
-
-    try:
-        return demo(options.out or _free_folder(), steps=options.steps, smoke=options.smoke)
-    except XoronError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    out = options.out or demo_kit.free_folder("vision-digits")
+    return demo_kit.run(lambda: demo(out, steps=options.steps, smoke=options.smoke))
 
 
 def demo(out: Path, *, steps: int | None, smoke: bool) -> int:
@@ -161,24 +152,6 @@ def _print(split: str, scores: Scores) -> None:
     print(f"\n{split:10}" + "".join(f"{column:>10}" for column in _COLUMNS))
     for kind, row in scores.items():
         print(f"{kind:10}" + "".join(f"{row[column]:10.1%}" for column in _COLUMNS))
-
-
-def _free_folder() -> Path:
-    number = 1
-    while (folder := Path("runs") / f"vision-digits-{number}").exists():
-        number += 1
-    return folder
-
-
-def _set_up_logging() -> None:
-    # Before transformers is imported, which reads these once.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("xoron")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

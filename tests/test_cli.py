@@ -148,7 +148,8 @@ def test_tokens_show_and_verify(folder, capsys, copy):
 def test_plugins_show_and_list(capsys):
     listed = json.loads(call(capsys, "plugins", "list", "--json")[0])
     assert {p["name"]: p["state"] for p in listed} == {
-        "core": "available", "llm": "available", "train": "available", "vision": "available",
+        "audio": "available", "core": "available", "llm": "available", "train": "available",
+        "vision": "available",
     }  # fmt: skip
     assert "backbone/xoron-moe" in call(capsys, "plugins", "show", "llm")[0]
 
@@ -157,9 +158,9 @@ def test_plugins_show_and_list(capsys):
     ("arguments", "code", "words"),
     [
         (["plugins", "show", "lm"], 2, ["Did you mean 'llm'"]),
-        (["plugins", "show", "audio"], 2, ["pip install xoron-audio"]),
+        (["plugins", "show", "video"], 2, ["pip install xoron-video"]),
         (["compose", "--plugins", "visoin", "-o", "x"], 2, ["unknown plug-in 'visoin'"]),
-        (["compose", "--plugins", "audio", "-o", "x"], 2, ["pip install xoron-audio"]),
+        (["compose", "--plugins", "video", "-o", "x"], 2, ["pip install xoron-video"]),
         (["compose", "--preset", "tinny", "-o", "x"], 2, ["Did you mean 'tiny'"]),
         (["compose"], 2, ["-o DIR"]),
         (["compose", "-f", "none.yaml", "-o", "x"], 2, ["none.yaml", "No such file"]),
@@ -167,9 +168,9 @@ def test_plugins_show_and_list(capsys):
         (["compose", "--set", "backbone.num_layers=many", "-o", "x"], 2, ["integer", "'many'"]),
         (["compose", "--set", "backbone", "-o", "x"], 2, ["key=value"]),
         (
-            ["compose", "--set", "audio.codec.use=rvq-audio", "-o", "x"],
+            ["compose", "--set", "video.autoencoder.use=vidtok", "-o", "x"],
             2,
-            ["pip install xoron-audio"],
+            ["pip install xoron-video"],
         ),
         (
             ["compose", "--set", "audio.encoder.depth=4", "-o", "x"],

@@ -108,9 +108,22 @@ def work(rank, folder, path):
         autoencoder={"use": "signal-autoencoder"}, generator={"use": "signal-generator"}
     )
     drawn = [{"type": "signal", "signal": torch.arange(16.0).sin().numpy()}]
+    legal_loss_is_shared(*build(codec={"use": "signal-codec"}), drawn)
     with pytest.raises(SequenceError, match=r"signal\.generator: a generator reads"):
         parallelize(generating)(**batch_of(processor, drawn))
     dist.destroy_process_group()
+
+
+def legal_loss_is_shared(model, processor, drawn):
+    """The loss over the ids of a codebook alone, whole and as the sum of two shares."""
+    batch = batch_of(processor, drawn)
+    whole, illegal = (model(**batch, legal=each).losses["text"].sum for each in (True, False))
+    assert whole < illegal - 0.1
+    parallelize(model)
+    share = model(**batch, legal=True).losses["text"].sum.detach().clone()
+    assert not torch.isclose(share, whole)
+    dist.all_reduce(share)
+    torch.testing.assert_close(share, whole.detach(), **CLOSE)
 
 
 @pytest.mark.slow

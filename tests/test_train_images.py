@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import xoron_core
+from tests.training import records, weights
 from xoron_train import train
-from xoron_train.metrics import read_metrics
 
 pytest.importorskip("xoron_llm", reason="needs xoron-llm")
 pytest.importorskip("xoron_vision", reason="needs xoron-vision")
@@ -26,8 +26,6 @@ from PIL import Image  # comes with xoron-vision
 
 from xoron_train.data.talk_mixture import TalkMixture
 from xoron_train.recipe import Recipe
-
-_TIMES = ("tokens_per_second", "elapsed_seconds", "items_per_second")
 
 
 def picture(seed):
@@ -100,17 +98,6 @@ def recipe(folder):
         )
 
     return make
-
-
-def records(run):
-    return [
-        {key: record[key] for key in record if key not in _TIMES}
-        for record in read_metrics(run / "metrics.jsonl")
-    ]
-
-
-def weights(folder):
-    return xoron_core.load(folder)[0].state_dict()
 
 
 def moved(before, after):

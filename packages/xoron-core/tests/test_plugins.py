@@ -118,7 +118,7 @@ def test_selection_keeps_core_and_disables_the_rest(install):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("herat", "Did you mean 'heart'"), ("audio", "pip install xoron-audio")],
+    [("herat", "Did you mean 'heart'"), ("video", "pip install xoron-video")],
 )
 def test_an_unknown_plugin_is_answered_with_the_fix(install, name, words):
     install("heart", GOOD)
@@ -135,8 +135,8 @@ def test_selecting_a_broken_plugin_says_why_it_cannot_be_used(install):
 def test_an_absent_component_names_its_package_or_the_nearest_name(install):
     install("heart", GOOD)
     registry = found()
-    with pytest.raises(PluginError, match="pip install xoron-audio"):
-        registry.component("codec", "rvq-audio")
+    with pytest.raises(PluginError, match="pip install xoron-video"):
+        registry.component("autoencoder", "vidtok")
     with pytest.raises(PluginError, match="Did you mean 'encoder/ecg'"):
         registry.component("encoder", "ecgg")
 

@@ -10,7 +10,14 @@ import torch
 
 from xoron_core import storage
 from xoron_core.errors import FolderError
-from xoron_core.storage import atomic_folder, check_tensors, read_tensors, recover, write_tensors
+from xoron_core.storage import (
+    atomic_file,
+    atomic_folder,
+    check_tensors,
+    read_tensors,
+    recover,
+    write_tensors,
+)
 
 
 def write(folder, text):
@@ -84,6 +91,24 @@ for i in range(10**6):
         recover(tmp_path / "model")
         values = {(tmp_path / "model" / name).read_text() for name in "abcdefgh"}
         assert len(values) == 1
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    with atomic_file(path) as aside:
+        aside.write_text("old")
+
+    def fill_the_disk():
+        with atomic_file(path) as aside:
+            aside.write_text("ne")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(FolderError, match=r"a\.json: could not be written \(No space left"):
+        fill_the_disk()
+    with pytest.raises(ZeroDivisionError), atomic_file(path) as aside:
+        aside.write_text(str(1 / 0))
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_a_truncated_tensor_file_is_named(tmp_path):

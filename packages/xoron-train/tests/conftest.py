@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,16 @@ def _distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xoron-standin\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text("[xoron]\nstandin = standin_plugin\n")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_logger() -> Iterator[None]:
+    """What a command sets up for its messages ends with the test that called it."""
+    logger = logging.getLogger("xoron")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers = handlers
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -190,6 +190,17 @@ def test_muon_and_adamw_step_beside_each_other_as_they_do_alone(
         assert torch.equal(ours, theirs)
 
 
+def test_muon_without_a_matrix_inside_the_model_is_refused(
+    new_recipe: Callable[..., Recipe],
+) -> None:
+    model, recipe = Model(), new_recipe(muon={})
+    trained = dict(model.named_parameters())
+    inside = {"inner.weight": trained.pop("inner.weight")}
+    with pytest.raises(ConfigError, match="muon: none of the 6 trained parameters is a matrix"):
+        build_optimizer(model, trained, recipe)
+    assert isinstance(build_optimizer(model, inside, recipe), torch.optim.Muon)
+
+
 def test_muon_leaves_an_untied_head_to_adamw(new_model: Callable[..., Path]) -> None:
     from xoron_core.api import load
 

@@ -20,6 +20,8 @@ from xoron_train.recipe import Recipe, differences, load_recipe, recipes
 def test_every_shipped_recipe_loads_and_survives_writing(tmp_path: Path) -> None:
     assert "text-tiny" in recipes()
     data = {name: ["mixture.images.path=talks.jsonl"] for name in ("align", "sft")}
+    data |= {name: ["mixture.media.path=talks.jsonl"] for name in ("rows", "rows-lora", "mixed")}
+    data["mixed"].append("mixture.text.path=texts.jsonl")
     for name in recipes():
         recipe = load_recipe(name, data.get(name, ()))
         assert recipe.name == name

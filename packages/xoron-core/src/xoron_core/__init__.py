@@ -19,6 +19,8 @@ _LAZY = {
     "load_slot": "xoron_core.folder",
     "save_delta": "xoron_core.deltas",
     "load_delta": "xoron_core.delta_loading",
+    "save_rows": "xoron_core.row_deltas",
+    "load_rows": "xoron_core.row_deltas",
     "registry": "xoron_core.plugins",
     "Session": "xoron_core.session",
     "Sampling": "xoron_core.sampling",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from xoron_core.plugins import registry
     from xoron_core.prefix import PrefixCache
     from xoron_core.processor import XoronProcessor
+    from xoron_core.row_deltas import load_rows, save_rows
     from xoron_core.sampling import Sampling
     from xoron_core.session import Session
     from xoron_core.tokens.space import TokenSpace
@@ -71,6 +74,8 @@ __all__ = [
     "load_slot",
     "save_delta",
     "load_delta",
+    "save_rows",
+    "load_rows",
     "registry",
     "Session",
     "Sampling",

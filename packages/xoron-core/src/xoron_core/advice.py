@@ -45,7 +45,15 @@ _SLOTS = {
     "audio.encoder": "xoron-audio",
     "audio.codec": "xoron-audio",
 }
-_COMMANDS = {"train": "xoron-train", "synth": "xoron-synth", "export": "xoron-export"}
+_COMMANDS = {
+    "train": "xoron-train",
+    "gate": "xoron-train",
+    "tokens build": "xoron-train",
+    "tokens audit": "xoron-train",
+    "tokens migrate-shards": "xoron-train",
+    "synth": "xoron-synth",
+    "export": "xoron-export",
+}
 
 
 def install_plugin(name: str) -> str | None:

@@ -114,10 +114,10 @@ class Part(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not stream")
 
     def aux_losses(self, output: Any, media: Mapping[str, Tensor]) -> dict[str, LossTerm]:
-        """A codec's or autoencoder's own losses while it trains alone.
+        """A codec's or autoencoder's own losses while it trains alone or is judged.
 
         Args:
-            output: what its `forward` gave in training mode for these media.
+            output: what its `forward` gave for these media, in training mode or not.
             media: collated tensors.
         """
         return {}

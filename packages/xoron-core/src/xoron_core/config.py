@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,6 +90,29 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Source]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text ({error.reason})") from None
     return parse_yaml(text, str(path))
+
+
+def read_json(file: Path | Traversable, *, what: str, expected: str) -> dict[str, Any]:
+    """Reads a JSON mapping, such as a checkpoint's config.json.
+
+    Args:
+        file: of a folder, a package or the Hub's cache.
+        what: reads it; the error begins with that.
+        expected: what should have been named, the error's end.
+
+    Raises:
+        ConfigError: if the file is missing, is not JSON, or holds no mapping.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{what}: {file} cannot be read ({reason}); {expected}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{what}: {file} holds no mapping but a {type(data).__name__}; {expected}"
+        )
+    return data
 
 
 def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], Source]:

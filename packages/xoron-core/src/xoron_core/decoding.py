@@ -248,4 +248,5 @@ class Decoder:
 
 def _generators(sampling: Sampling, rows: int, device: torch.device) -> list[torch.Generator]:
     seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()).item())
-    return [torch.Generator(device).manual_seed(seed) for _ in range(rows)]
+    step = int(sampling.vary_rows)
+    return [torch.Generator(device).manual_seed(seed + row * step) for row in range(rows)]

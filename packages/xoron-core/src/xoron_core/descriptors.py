@@ -134,7 +134,8 @@ class Command:
     """A sub-command of `xoron`.
 
     Attributes:
-        name: the word after `xoron`.
+        name: the word after `xoron`, or the name of a group that takes further sub-commands and a
+            word after that: `tokens build` (see `xoron_core.cli.groups`).
         target: `pkg.module:function`, a typer command function; imported when it is called or
             its help is shown.
         help: one line for `xoron --help`.

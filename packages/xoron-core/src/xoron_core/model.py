@@ -178,6 +178,7 @@ class XoronModel(TransformersModel):
         media_labels: Tensor | None = None,
         media: Mapping[str, Mapping[str, Tensor]] | None = None,
         images: Any = None,
+        legal: bool = False,
         seed: int | None = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
@@ -202,6 +203,8 @@ class XoronModel(TransformersModel):
             media: slot to its tensors and `spans` (see `xoron_core.fill`).
             images: the published form: (M, 3, H, W) pixel values, or a list of files or arrays, for
                 `image.encoder`, at the placeholders of `input_ids` (`xoron_core.placeholders`).
+            legal: whether a codec's id among the labels competes with the ids of its codebook alone
+                (see `xoron_core.losses`).
             seed: for the generators' noise; None draws one from torch's global generator.
 
         Raises:
@@ -209,7 +212,7 @@ class XoronModel(TransformersModel):
         """
         media = with_images(self, media, images=images, input_ids=input_ids)
         terms: dict[str, LossTerm] = {}
-        outputs = train_alone(self, media) if self._wants_losses(labels, media) else {}
+        outputs = train_alone(self, media)
         # What parts that train alone observed, under their outputs' name for it.
         statistics = {
             slot: output["statistics"]
@@ -242,7 +245,11 @@ class XoronModel(TransformersModel):
                 statistics[backbone.slot] = output.statistics
             if labels is not None and shared is not None:
                 terms["text"] = context_parallel.text_loss(
-                    hidden, shared, backbone.logits, head=backbone.linear_head()
+                    hidden,
+                    shared,
+                    backbone.logits,
+                    head=backbone.linear_head(),
+                    legal=self._ranges(legal),
                 )
             elif labels is not None:
                 terms["text"] = losses.text_loss(
@@ -252,6 +259,7 @@ class XoronModel(TransformersModel):
                     head=backbone.linear_head(),
                     document_ids=document_ids,
                     loss_weights=loss_weights,
+                    legal=self._ranges(legal),
                 )
             if media_labels is not None:
                 terms["labels"] = losses.label_loss(
@@ -261,7 +269,7 @@ class XoronModel(TransformersModel):
                 terms.update(generator_losses(self, hidden, media, seed))
                 terms.update({f"{backbone.slot}/{k}": v for k, v in output.losses.items()})
         batch = {"input_ids": input_ids, "labels": labels, "media": media}
-        if self._wants_losses(labels, media):
+        if outputs or self._wants_losses(labels, media):
             terms.update(self._slot_losses(outputs, batch))
         return XoronOutput(
             loss=_mean(terms),
@@ -300,8 +308,10 @@ class XoronModel(TransformersModel):
             )
         if batch.get("media_labels") is not None:
             counts["labels"] = losses.label_count(batch["media_labels"])
-        if self.backbone is not None and self._wants_losses(batch.get("labels"), media):
-            slot, own = self.backbone.slot, self.backbone.loss_counts(batch)
+        runs = self.backbone is not None and ("input_ids" in batch or "inputs_embeds" in batch)
+        if runs and self._wants_losses(batch.get("labels"), media):
+            backbone = self.need_backbone()
+            slot, own = backbone.slot, backbone.loss_counts(batch)
             counts |= {f"{slot}/{name}": count for name, count in own.items()}
         for slot, generator in self.parts(Generator).items():
             if slot in media:
@@ -315,6 +325,11 @@ class XoronModel(TransformersModel):
 
     def _wants_losses(self, labels: Tensor | None, media: Mapping[str, Any]) -> bool:
         return labels is not None or (self.training and bool(media))
+
+    def _ranges(self, legal: bool) -> losses.Ranges:
+        if legal and self.space is None:
+            raise TokenSpaceError("legal: this model has no token space, so no id is a codec's")
+        return losses.codec_ranges(self.space) if legal and self.space is not None else ()
 
     def _slot_losses(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, LossTerm]:
         terms = {slot: loss(outputs, batch) for slot, loss in self.parts(Loss).items()}

@@ -52,7 +52,7 @@ from xoron_core.tokens.space import TokenSpace
 if TYPE_CHECKING:
     from xoron_core.model import XoronModel
 
-RECORD = "trainable_rows.json"
+RECORD = old_rows.RECORD  # both forms have a record of this name
 TENSORS = "trainable_rows.safetensors"
 
 
@@ -140,6 +140,11 @@ def holds_rows(folder: str | Path) -> bool:
     return (Path(folder) / RECORD).exists()
 
 
+def is_old(folder: str | Path) -> bool:
+    """Whether a folder holds rows of the old form alone."""
+    return (Path(folder) / old_rows.TENSORS).exists() and not (Path(folder) / TENSORS).exists()
+
+
 def read_rows(folder: str | Path) -> RowDelta:
     """Reads a row delta and checks its tensors and its token space against its record.
 
@@ -148,10 +153,11 @@ def read_rows(folder: str | Path) -> RowDelta:
         TokenSpaceError: if its token space is not the one it was made with.
     """
     folder = Path(folder)
-    if (folder / old_rows.TENSORS).exists() and not (folder / TENSORS).exists():
+    if is_old(folder):
         raise FolderError(
             f"{folder}: is of the old form, which names no base; if you know that this model is"
-            " its base, use load_rows(model, folder, trust_base=True)"
+            " its base, use load_rows(model, folder, trust_base=True), or --trust-base with"
+            " `xoron delta apply`"
         )
     data = read_record(folder, RECORD, writer="xoron_core.save_rows")
     record = RowRecord.parse(data, Source(str(folder / RECORD)))

@@ -92,11 +92,14 @@ class Sampling(Choice):
 
     Attributes:
         seed: for the draws; None takes a fresh one.
+        vary_rows: whether each row of a batch draws under a seed of its own, the first one's plus
+            its index. Else all draw alike, so that a conversation gets the same alone.
         modalities: settings for the ids inside the spans of a modality. They replace the others
             whole: a repetition penalty for text is none for codes, which often repeat.
     """
 
     seed: int | None = None
+    vary_rows: bool = False
     modalities: dict[str, Choice] = Field(default_factory=dict)
 
     def of(self, modality: str | None) -> Choice:

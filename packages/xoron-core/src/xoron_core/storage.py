@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,33 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` that replaces `path` when the block succeeds.
+
+    The folder is made if it is not there.
+
+    Raises:
+        FolderError: if writing fails; what stood at `path` is then untouched.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}{_ASIDE}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise FolderError(
+            f"{path}: could not be written ({error.strerror or error}). Free some space or check"
+            " the permissions, then run it again."
+        ) from error
+    finally:
+        with suppress(OSError):
+            aside.unlink()
 
 
 def recover(path: str | Path) -> None:

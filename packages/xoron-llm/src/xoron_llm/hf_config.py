@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from xoron_core.config import Config
+from xoron_core.config import Config, read_json
 from xoron_core.errors import ConfigError
 
 _PUBLISHED = {"Qwen/Qwen3-8B": "qwen3-8b.json"}
@@ -68,14 +67,9 @@ def read_hf_config(path: str) -> dict[str, Any]:
         file = folder / "config.json"
     else:
         file = _published(path) or _fetch(path, "config.json")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"hf backbone: {file}: cannot be read ({error}); path must be a folder that"
-            " save_pretrained wrote, or a Hub name"
-        ) from None
-    if not isinstance(data, dict) or "model_type" not in data:
+    expected = "path must be a folder that save_pretrained wrote, or a Hub name"
+    data = read_json(file, what="hf backbone", expected=expected)
+    if "model_type" not in data:
         raise ConfigError(
             f"hf backbone: {file}: has no model_type; expected a transformers config.json"
         )

@@ -74,6 +74,7 @@ def xoron_presets() -> list[Preset]:
         Preset("tiny", "xoron_llm:presets/tiny.yaml"),
         Preset("xoron-dev", "xoron_llm:presets/xoron-dev.yaml"),
         Preset("qwen3-vlm", "xoron_llm:presets/qwen3-vlm.yaml"),
+        Preset("qwen3-uti", "xoron_llm:presets/qwen3-uti.yaml"),
         Preset("tiny", "xoron_llm:presets/xoron-moe-tiny.yaml", component="backbone/xoron-moe"),
         Preset("tiny", "xoron_llm:presets/hf-tiny.yaml", component="backbone/hf"),
         Preset(

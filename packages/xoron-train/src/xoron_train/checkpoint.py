@@ -5,6 +5,8 @@ A checkpoint is a model folder plus `trainer/`:
     trainer/state.json             step, recipe, data cursors, token space, list of all files
     trainer/optimizer.safetensors  `<parameter name>/<state name>`
     trainer/adapter.safetensors    the adapter, with `lora`; the model folder holds its base
+    trainer/rows.safetensors       trained vocabulary rows in fp32, with `rows`
+    trainer/losses.safetensors     trained parameters of losses, which model folders do not hold
     trainer/data.safetensors       tokens that are packed in no row yet
     trainer/rng-00000.safetensors  random generators, one file per process
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,14 @@ class Conversation:
     name: str
     messages: Sequence[dict[str, Any]]
     kind: str = ""
+
+
+def has_media(message: Mapping[str, Any]) -> bool:
+    """Whether a message holds anything but text."""
+    content = message.get("content")
+    return isinstance(content, list) and any(
+        not isinstance(part, str) and part.get("type") != "text" for part in content
+    )
 
 
 class Conversations(Protocol):

@@ -85,6 +85,7 @@ def evaluate(
     collate: Callable[[Sequence[Row | Talk]], dict[str, Any]],
     bytes_of: Tensor | None,
     accelerator: Accelerator,
+    options: Mapping[str, Any] | None = None,
 ) -> Score:
     """Scores rows, shared out over the processes, without touching the training's randomness.
 
@@ -95,6 +96,7 @@ def evaluate(
         collate: rows to a batch.
         bytes_of: (vocabulary,) bytes per token id, or None where bytes do not count.
         accelerator: its device and processes are used.
+        options: of the model's forward.
     """
     share = batch_size * accelerator.num_processes
     was_training = model.training
@@ -110,7 +112,7 @@ def evaluate(
             first = accelerator.process_index * batch_size
             batch = collate(group[first : first + batch_size])
             on_device = to_device(batch, accelerator.device)
-            term = model(**on_device, use_cache=False).losses["text"]
+            term = model(**on_device, **(options or {"use_cache": False})).losses["text"]
             sums += torch.tensor([float(term.sum), float(term.count), count_bytes(batch, bytes_of)])
     model.train(was_training)
     nats, tokens, size = sum_over_processes(sums, accelerator)

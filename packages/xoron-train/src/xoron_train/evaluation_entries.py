@@ -43,27 +43,37 @@ class Entry:
 
 
 def resolve_evaluations(
-    entries: Mapping[str, Mapping[str, Any]], source: Source | None = None
+    entries: Mapping[str, Mapping[str, Any]],
+    source: Source | None = None,
+    *,
+    key: str = "evaluations",
 ) -> dict[str, dict[str, Any]]:
     """Checks a recipe's evaluations and completes them with their defaults.
 
     Args:
         entries: as the recipe has them.
         source: where it was read, for errors.
+        key: under which they stand there.
 
     Raises:
         ConfigError: for a wrong key or value, with file and line.
         UsageError: for a name that no plug-in offers.
     """
     return {
-        name: {**{key: entry[key] for key in _OWN if key in entry}, **config.data()}
+        name: {**{own: entry[own] for own in _OWN if own in entry}, **config.data()}
         for name, entry in entries.items()
-        for config in [_config(name, entry, source)]
+        for config in [_config(name, entry, source, key)]
     }
 
 
-def build_evaluations(entries: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
-    """The evaluations of a recipe.
+def build_evaluations(
+    entries: Mapping[str, Mapping[str, Any]], *, key: str = "evaluations"
+) -> list[Entry]:
+    """The evaluations of a recipe, or the gates of a suite.
+
+    Args:
+        entries: as it has them.
+        key: under which they stand there, for errors.
 
     Raises:
         ConfigError, UsageError: as `resolve_evaluations`.
@@ -75,13 +85,15 @@ def build_evaluations(entries: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
             bool(entry.get("every", False)),
         )
         for name, entry in entries.items()
-        for config in [_config(name, entry, None)]
+        for config in [_config(name, entry, None, key)]
     ]
 
 
-def _config(name: str, entry: Mapping[str, Any], source: Source | None) -> EvaluationConfig:
-    where = f"evaluations.{name}"
-    here = (source or Source(where)).under("evaluations", name)
+def _config(
+    name: str, entry: Mapping[str, Any], source: Source | None, key: str
+) -> EvaluationConfig:
+    where = f"{key}.{name}"
+    here = (source or Source(where)).under(key, name)
     place = here.place(("use",))
     use, every = entry.get("use"), entry.get("every", False)
     if not isinstance(use, str) or not isinstance(every, bool):
@@ -90,6 +102,6 @@ def _config(name: str, entry: Mapping[str, Any], source: Source | None) -> Evalu
             f" all; got use: {use!r}, every: {every!r}"
         )
     kind = resolve(find("evaluation", use, where=f"{place}: {where}.use").config)
-    rest = {key: value for key, value in entry.items() if key not in _OWN}
+    rest = {name: value for name, value in entry.items() if name not in _OWN}
     config: EvaluationConfig = kind.parse(rest, here)
     return config

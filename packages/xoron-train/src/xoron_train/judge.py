@@ -18,10 +18,11 @@ from torch import nn
 
 from xoron_core.errors import DataError, XoronError
 from xoron_train import rng
-from xoron_train.data.feed import Feed
+from xoron_train.data.feed import BaseFeed
 from xoron_train.data.packing import Row
 from xoron_train.data.stream import held_out_rows
 from xoron_train.evaluate import Score, evaluate
+from xoron_train.evaluate_media import MediaScore, evaluate_media
 from xoron_train.evaluation_entries import Entry, build_evaluations
 from xoron_train.recipe import Recipe
 
@@ -41,7 +42,7 @@ class Judge:
         ConfigError, UsageError: for evaluations that are wrong or unknown.
     """
 
-    def __init__(self, recipe: Recipe, feed: Feed) -> None:
+    def __init__(self, recipe: Recipe, feed: BaseFeed) -> None:
         self.recipe = recipe
         self.feed = feed
         self.accelerator = feed.accelerator
@@ -125,6 +126,7 @@ class Judge:
                 collate=lambda rows: self.feed.collate(rows, budgets),
                 bytes_of=None if talks else self.feed.bytes_of,
                 accelerator=self.accelerator,
+                options=self.feed.options,
             )
         return scores
 
@@ -132,7 +134,7 @@ class Judge:
         return None if batches is None else batches * self.recipe.batch_size
 
     def _texts(self, batches: int | None) -> dict[str, list[Row]]:
-        if not self.recipe.eval_fraction:
+        if not self.recipe.eval_fraction or self.feed.tokenize is None:
             return {}
         rows = {
             name: held_out_rows(self.recipe, name, self.feed.tokenize, limit=self._limit(batches))
@@ -179,6 +181,30 @@ class Judge:
                 f" plain data of finite numbers ({error})"
             ) from None
         return result
+
+
+class MediaJudge(Judge):
+    """The same for a run that trains on media alone: the held-out loss is a mean of each loss."""
+
+    def _held_out_loss(self, model: nn.Module, step: int, *, last: bool) -> dict[str, Any]:
+        batches = self.recipe.final_eval_batches if last else self.recipe.eval_batches
+        scores = {
+            name: evaluate_media(
+                model,
+                self.feed.talks.held_out(name, self._limit(batches)),
+                batch_size=self.recipe.batch_size,
+                collate=self.feed.collate,
+                accelerator=self.accelerator,
+            )
+            for name in self.recipe.mixture
+        }
+        weights = self.recipe.loss_weights
+        record = sum(scores.values(), MediaScore()).record(weights)
+        if len(scores) > 1:
+            record["sources"] = {name: score.record(weights) for name, score in scores.items()}
+        if not math.isfinite(record["loss"]):
+            raise XoronError(f"step {step}: the held-out loss is {record['loss']}")
+        return record
 
 
 _NOTHING = (

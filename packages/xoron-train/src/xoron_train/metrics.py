@@ -52,8 +52,10 @@ def shown_evaluation(record: Mapping[str, Any]) -> list[str]:
     """The lines that tell a person what an evaluation's record says."""
     lines = []
     if "loss" in record:
-        lines.append(f"held-out loss: {record['loss']:.4f} nats/token")
-        if record["bits_per_byte"] is not None:
+        per_token = " nats/token" if "tokens" in record else ""
+        lines.append(f"held-out loss: {record['loss']:.4f}{per_token}")
+        lines += [f"held-out {name}: {loss:.4f}" for name, loss in record.get("losses", {}).items()]
+        if record.get("bits_per_byte") is not None:
             lines.append(f"held-out bits per byte: {record['bits_per_byte']:.4f}")
     for slot, losses in record.get("budgets", {}).items():
         shown = ", ".join(f"{loss:.4f} with {count}" for count, loss in losses.items())
@@ -141,10 +143,14 @@ class ProgressLine:
         total: optimizer steps of the run.
         done: steps done before this process started.
         quiet: show nothing.
+        unit: what the speed counts; a loss of `tokens` is in nats of each.
     """
 
-    def __init__(self, total: int, *, done: int = 0, quiet: bool = False) -> None:
+    def __init__(
+        self, total: int, *, done: int = 0, quiet: bool = False, unit: str = "tokens"
+    ) -> None:
         self.total = total
+        self.unit = unit
         self.start = self.last_line = time.monotonic()
         self.done_before = done
         self.quiet = quiet
@@ -162,9 +168,10 @@ class ProgressLine:
             self.task = self.bar.add_task("training", total=total, completed=done, note="")
             self.bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Shows the state after `step` steps."""
-        note = f"loss {loss:.4f} nats/token, {tokens_per_second:,.0f} tokens/s"
+    def update(self, step: int, loss: float, speed: float) -> None:
+        """Shows the state after `step` steps, with so many tokens or items a second."""
+        per_token = " nats/token" if self.unit == "tokens" else ""
+        note = f"loss {loss:.4f}{per_token}, {speed:,.0f} {self.unit}/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, note=note)
             return

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xoron_core.errors import FolderError
+from xoron_core.errors import ConfigError, FolderError
 from xoron_core.model import XoronModel
 from xoron_train.recipe import Recipe
 
@@ -110,9 +110,18 @@ def build_optimizer(
         model: names what is an embedding, a norm or a head.
         trained: parameter by name; the only ones in the optimizer.
         recipe: its rates.
+
+    Raises:
+        ConfigError: for `muon` with nothing to train by it.
     """
     decayed = decayed_names(model)
     hidden = set() if recipe.muon is None else muon_names(model) & trained.keys()
+    if recipe.muon is not None and not hidden:
+        raise ConfigError(
+            f"muon: none of the {len(trained)} trained parameters is a matrix inside the model, and"
+            " AdamW takes embeddings, heads, norms, biases and convolutions; remove muon, or train"
+            " linear layers"
+        )
     rest = {name: parameter for name, parameter in trained.items() if name not in hidden}
     groups = [
         {"params": [p for n, p in rest.items() if (n in decayed) == decays], "weight_decay": decay}

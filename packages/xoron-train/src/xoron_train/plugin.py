@@ -1,4 +1,4 @@
-"""What xoron-train contributes: the `train` command and its recipes. Imports nothing heavy."""
+"""What xoron-train contributes: commands, recipes, data, evaluations. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ def xoron_hookspecs() -> list[ModuleType]:
 
 @hookimpl
 def xoron_commands() -> list[Command]:
-    return [Command("train", "xoron_train.cli:train", "Train a model folder with a recipe.")]
+    return [
+        Command("train", "xoron_train.cli:train", "Train a model folder with a recipe."),
+        Command("gate", "xoron_train.gates.cli:gate", "Ask a model what a suite of gates asks."),
+        Command("tokens build", "xoron_train.shards.cli:build", "Tokenise conversations."),
+        Command("tokens audit", "xoron_train.shards.cli:audit", "Examine tokenised conversations."),
+        Command(
+            "tokens migrate-shards",
+            "xoron_train.shards.cli:migrate_shards",
+            "Move tokenised conversations to another token space.",
+        ),
+    ]
 
 
 @hookimpl
@@ -41,6 +51,21 @@ def xoron_recipes() -> list[RecipeFile]:
             "Stage 2 of seeing: the connector and LoRA on the backbone.",
         ),
         RecipeFile(
+            "rows",
+            "xoron_train:presets/rows.yaml",
+            "Stage 1 of media as ids: the new vocabulary rows alone, on your conversations.",
+        ),
+        RecipeFile(
+            "rows-lora",
+            "xoron_train:presets/rows-lora.yaml",
+            "Stage 2 of media as ids: the rows and LoRA on the backbone.",
+        ),
+        RecipeFile(
+            "mixed",
+            "xoron_train:presets/mixed.yaml",
+            "Stage 3 of media as ids: everything but the codecs, on media and text.",
+        ),
+        RecipeFile(
             "vision-digits-labels",
             "xoron_train:presets/vision-digits-labels.yaml",
             "Stage 1 of vision-digits: what lies where, from random weights.",
@@ -49,6 +74,26 @@ def xoron_recipes() -> list[RecipeFile]:
             "vision-digits",
             "xoron_train:presets/vision-digits.yaml",
             "Stage 2 of vision-digits: questions about scanned digits and shapes.",
+        ),
+        RecipeFile(
+            "token-digits-codec",
+            "xoron_train:presets/token-digits-codec.yaml",
+            "Stage 1 of token-digits: the image codec alone, from random weights.",
+        ),
+        RecipeFile(
+            "token-digits",
+            "xoron_train:presets/token-digits.yaml",
+            "Stage 2 of token-digits: digits read from images and drawn, as ids.",
+        ),
+        RecipeFile(
+            "token-speech-codec",
+            "xoron_train:presets/token-speech-codec.yaml",
+            "Stage 1 of token-speech: the audio codec alone, from random weights.",
+        ),
+        RecipeFile(
+            "token-speech",
+            "xoron_train:presets/token-speech.yaml",
+            "Stage 2 of token-speech: digits heard and said, as ids.",
         ),
     ]
 
@@ -61,7 +106,19 @@ def xoron_datasets() -> list[Dataset]:
             "xoron_train.tasks.digits.dataset:digits",
             ("train", "held-out", "unseen"),
             "Scenes of scanned digits and shapes, with questions; made on the spot.",
-        )
+        ),
+        Dataset(
+            "token-digits",
+            "xoron_train.tasks.token_digits.dataset:TokenDigits",
+            ("train", "held-out", "made"),
+            "Scanned digits to read from images and to draw; made on the spot.",
+        ),
+        Dataset(
+            "token-speech",
+            "xoron_train.tasks.token_speech.dataset:TokenSpeech",
+            ("train", "held-out", "made"),
+            "Spoken digits to hear and to say, in several voices; made on the spot.",
+        ),
     ]
 
 
@@ -79,5 +136,23 @@ def xoron_evaluations() -> list[EvaluationType]:
             "xoron_train.evaluations.answers:Answers",
             "xoron_train.evaluations.config:AnswersConfig",
             "Greedy answers against expected ones, beside chance and control.",
+        ),
+        EvaluationType(
+            "making",
+            "xoron_train.evaluations.making:Making",
+            "xoron_train.evaluations.config:MakingConfig",
+            "Whether what the model makes is legal and decodes.",
+        ),
+        EvaluationType(
+            "prompting",
+            "xoron_train.evaluations.prompting:Prompting",
+            "xoron_train.evaluations.config:PromptingConfig",
+            "The loss on made media with the right prompt and another's.",
+        ),
+        EvaluationType(
+            "text-unchanged",
+            "xoron_train.evaluations.text_unchanged:TextUnchanged",
+            "xoron_train.evaluations.config:TextUnchangedConfig",
+            "Text logits against those of the text model it came from.",
         ),
     ]

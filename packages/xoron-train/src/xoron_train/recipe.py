@@ -82,6 +82,31 @@ class MuonRecipe(Config):
     momentum: float = Field(default=0.95, ge=0, lt=1)
 
 
+class RowsRecipe(Config):
+    """New vocabulary rows (special tokens and codec ids), trained apart from their matrices.
+
+    Attributes:
+        start: `mean` draws them around the mean of the old rows, `text` those that have a
+            description around the mean of its tokens' rows and the others as `mean`; `keep` takes
+            them as the model has them, for a stage that goes on.
+        descriptions: text by the name of a special token or of a codec's range.
+        noise: of the draw, in standard deviations of the old rows.
+    """
+
+    start: Literal["mean", "text", "keep"] = "mean"
+    descriptions: dict[str, str] = Field(default_factory=dict)
+    noise: float = Field(default=0.1, gt=0)
+
+    @model_validator(mode="after")
+    def _described(self) -> Self:
+        if (self.start == "text") != bool(self.descriptions):
+            raise ValueError(
+                f"start: text goes with descriptions, and they with it; got start: {self.start}"
+                f" and {len(self.descriptions)} descriptions"
+            )
+        return self
+
+
 class Recipe(Config):
     """A training stage. Lengths are in tokens, rates per optimizer step.
 
@@ -96,14 +121,16 @@ class Recipe(Config):
             media is kept out of training.
         max_unreadable: share of a source's documents that may be unreadable before the run stops.
         sequence_length: tokens per packed row, and the most positions of a conversation. A longer
-            one is left out whole, as unreadable: cutting it could cut a medium in two.
+            one is left out whole, as unreadable: cutting it could cut a medium in two. Means
+            nothing where media alone are trained on.
         budgets: how many positions media take, by slot of a projector that can do with fewer: a
             number, or `random` for one of its `budgets`, drawn anew for every micro-batch.
         shuffle_rows: packed rows that are shuffled together, so that the rows of one long document
             do not follow each other; a checkpoint carries those still to come. 1 keeps the order.
         length_group_steps: steps whose rows are drawn together and grouped by length, so that less
             of a batch is padding; 1 leaves the order, in which a step's rows are only sorted.
-        batch_size: rows per process and forward pass.
+        batch_size: rows per process and forward pass: packed text, or conversations with all their
+            media.
         gradient_accumulation_steps: forward passes per process and optimizer step.
         max_steps: optimizer steps.
         learning_rate: its peak, after the warm-up.
@@ -120,9 +147,17 @@ class Recipe(Config):
         gradient_checkpointing: recompute activations in the backward pass.
         seed: of data order and weights' randomness.
         train: selectors (slot names or globs of parameter names) of what is trained; empty for
-            whatever the composition does not freeze.
+            whatever the composition does not freeze. Codecs and autoencoders learn from media
+            alone, everything else from sequences, and a run does one of the two: a recipe that
+            names codecs or autoencoders (and losses that judge them) trains them on all media of
+            their modality; one that names nothing leaves them as they are if there is a backbone.
         freeze: selectors of what stays as it is, over `train`.
         lora: an adapter to train; then `train` names what is trained whole beside it.
+        rows: trains new vocabulary rows apart, likewise. Old rows stay as they are, also where
+            `train` names the backbone; `RUN/rows` holds the new ones.
+        legal: whether a codec's id that is to be learned competes with the ids of its codebook
+            alone, in training and in the held-out loss. It then teaches nothing about where a
+            medium ends; use it where the number of ids is fixed.
         save_delta: whether `RUN/connector` gets the trained slots as a delta; with `lora` they
             stand in `RUN/adapter` anyway.
         loss_weights: weight per loss by name, 1 where not given.
@@ -135,6 +170,8 @@ class Recipe(Config):
         save_every: steps between checkpoints, None for one at the end.
         keep_checkpoints: how many are kept.
         tensorboard: whether to write TensorBoard event files.
+        requires: suites that the model must have passed, by name or path: its folder must carry
+            their reports, made of these very weights by `xoron gate`.
         evaluations: by a name of your choice, what else judges the model at the end, or with
             `every: true` at each evaluation: `{use: NAME, source: ..., split: ..., ...}` as the
             installed plug-ins offer them.
@@ -168,6 +205,8 @@ class Recipe(Config):
     train: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
     lora: LoraRecipe | None = None
+    rows: RowsRecipe | None = None
+    legal: bool = False
     save_delta: bool = False
     loss_weights: dict[str, float] = Field(default_factory=dict)
     log_every: int = Field(default=10, ge=1)
@@ -178,6 +217,7 @@ class Recipe(Config):
     save_every: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     tensorboard: bool = True
+    requires: tuple[str, ...] = ()
     evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -252,7 +292,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """
     data, source = _read(name)
     data = apply_overrides(data, list(overrides))
-    _require_paths(data.get("mixture"), source)
+    require_paths(data.get("mixture"), source)
     recipe = Recipe.parse(data, source)
     evaluations = resolve_evaluations(recipe.evaluations, source)
     return _absolute(recipe.model_copy(update={"evaluations": evaluations}))
@@ -291,7 +331,7 @@ def _read(name: str) -> tuple[dict[str, Any], Source]:
     return parse_yaml(text, known.resource)
 
 
-def _require_paths(mixture: Any, source: Source) -> None:
+def require_paths(mixture: Any, source: Source) -> None:
     """Asks for the data that a shipped recipe cannot name; other mistakes are `parse`'s to say."""
     for name, entry in mixture.items() if isinstance(mixture, Mapping) else ():
         if isinstance(entry, Mapping) and not entry.get("path"):

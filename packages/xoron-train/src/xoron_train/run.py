@@ -4,6 +4,7 @@
     RUN/metrics.jsonl    records of training and evaluation
     RUN/tensorboard/     the same for TensorBoard
     RUN/checkpoints/     model folders plus `trainer/`
+    RUN/rows/            the trained vocabulary rows, with `rows`
     RUN/connector/       the trained slots alone, with `save_delta`
     RUN/adapter/         the adapter, with `lora`
     RUN/model/           the result
@@ -14,7 +15,6 @@ Nothing is written before the recipe, the model and the data have been found goo
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from xoron_core.errors import ConfigError, FolderError, UsageError, XoronError
+from xoron_core.errors import ConfigError, UsageError, XoronError
+from xoron_core.storage import atomic_file
 from xoron_train import checkpoint as checkpoints
 from xoron_train.checkpoint import Checkpoint
 from xoron_train.recipe import Recipe, differences, load_recipe
@@ -93,9 +94,18 @@ def train(
     checkpoint = _find_start(run, recipe, resume=resume)
     if not accelerator.is_main_process:
         logger.setLevel(logging.ERROR)
+    if recipe.requires and checkpoint is None and model is not None:
+        from xoron_train.gates.requirement import require_passed
+
+        require_passed(model, recipe.requires)
     loaded, processor = _load(model, checkpoint)
     trainer = Trainer(
-        recipe, loaded, processor=processor, accelerator=accelerator, precision=precision
+        recipe,
+        loaded,
+        processor=processor,
+        accelerator=accelerator,
+        precision=precision,
+        fresh=checkpoint is None,
     )
     if checkpoint is not None:
         _check_size(checkpoint, trainer.feed.rows_per_step)
@@ -200,16 +210,6 @@ def _check_size(checkpoint: Checkpoint, rows_per_step: int) -> None:
 
 
 def _write_recipe(run: Path, recipe: Recipe) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        aside = run / ".recipe.yaml.partial"
+    with atomic_file(run / "recipe.yaml") as aside:
         text = yaml.safe_dump(recipe.data(), sort_keys=False, allow_unicode=True)
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(run / "recipe.yaml")
-    except OSError as error:
-        raise FolderError(
-            f"{run}: cannot be written ({error.strerror or error}); choose another -o folder"
-        ) from None
+        aside.write_text(text, encoding="utf-8")

@@ -30,11 +30,12 @@ from xoron_train import checkpoint as checkpoints
 from xoron_train import rng
 from xoron_train.checkpoint import Checkpoint
 from xoron_train.data.batches import Window, to_device
-from xoron_train.data.feed import Feed
+from xoron_train.data.feed import BaseFeed, Feed
+from xoron_train.data.media_feed import MediaFeed
 from xoron_train.data.stream import StreamState
 from xoron_train.deltas import Trained
 from xoron_train.evaluate import count_bytes
-from xoron_train.judge import Judge
+from xoron_train.judge import Judge, MediaJudge
 from xoron_train.losses import (
     check_counts,
     check_weights,
@@ -70,6 +71,7 @@ class Trainer:
         processor: its tokenizer and token space are used.
         accelerator: device, precision and processes.
         precision: as `precision.resolve_precision` gave it.
+        fresh: whether the run begins; else `resume` is called next.
 
     Raises:
         ConfigError: for selectors that match nothing.
@@ -84,6 +86,7 @@ class Trainer:
         processor: XoronProcessor,
         accelerator: Accelerator,
         precision: str,
+        fresh: bool = True,
     ) -> None:
         self.recipe = recipe
         self.processor = processor
@@ -92,13 +95,12 @@ class Trainer:
         self.step = 0
         self.elapsed = 0.0
         self.checked = False  # losses and their counts, against each other, in the first step
-        self.feed = Feed(recipe, model, processor=processor, accelerator=accelerator)
-        self.judge = Judge(recipe, self.feed)
+        self.chosen = Trained(model, recipe, processor=processor, fresh=fresh)
+        self.feed, self.judge = self._data()
         self.space_hash = None if processor.space is None else processor.space.hash
         # What an assistant says is no document: see `evaluate.Score`.
         self.bytes_of = None if self.feed.talks.training else self.feed.bytes_of
         self.modality_of = {name: slot.modality for name, slot in model.composition.slots.items()}
-        self.chosen = Trained(model, recipe)
         self.trained = self.chosen.parameters
         cast_weights(model, self.trained.values(), precision)
         if recipe.gradient_checkpointing:
@@ -106,6 +108,16 @@ class Trainer:
         optimizer = build_optimizer(model, self.trained, recipe)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         rng.seed_all(recipe.seed + accelerator.process_index)
+
+    def _data(self) -> tuple[BaseFeed, Judge]:
+        """What the run is fed and judged with: sequences, or media alone."""
+        common = {"processor": self.processor, "accelerator": self.accelerator}
+        if self.chosen.media_slots:
+            slots = self.chosen.media_slots
+            media = MediaFeed(self.recipe, self.core, slots=slots, **common)
+            return media, MediaJudge(self.recipe, media)
+        feed = Feed(self.recipe, self.core, **common)
+        return feed, Judge(self.recipe, feed)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restores everything that decides the steps to come; the weights are already loaded.
@@ -150,7 +162,9 @@ class Trainer:
         """
         main = self.accelerator.is_main_process
         log = self._log(run) if main else None
-        progress = ProgressLine(self.recipe.max_steps, done=self.step, quiet=quiet or not main)
+        progress = ProgressLine(
+            self.recipe.max_steps, done=self.step, quiet=quiet or not main, unit=self.feed.unit
+        )
         try:
             self._loop(run, log, progress)
             final = self._judge(last=True)
@@ -183,7 +197,9 @@ class Trainer:
             last = self.step == recipe.max_steps
             if last or self.step % recipe.log_every == 0:
                 speed = (self.feed.positions - before) / seconds
-                record |= {"tokens_per_second": speed, "elapsed_seconds": self.elapsed}
+                record["elapsed_seconds"] = self.elapsed
+                if self.feed.unit == "tokens":
+                    record["tokens_per_second"] = speed
                 if items:
                     rates = {name: count / seconds for name, count in sorted(items.items())}
                     record["items_per_second"] = rates
@@ -231,7 +247,7 @@ class Trainer:
         for index, batch in enumerate(window):
             last = index == len(window) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                output = self.model(**to_device(batch, device), use_cache=False)
+                output = self.model(**to_device(batch, device), **self.feed.options)
                 terms = output.losses
                 seen.add(output.statistics)
                 loss = weighted(terms, counts, self.recipe.loss_weights)
@@ -256,14 +272,16 @@ class Trainer:
         nats = dict(zip(names, totals, strict=True))
         means = {name: nats[name] / counts[name] if counts[name] else 0.0 for name in names}
         weights = self.recipe.loss_weights
-        return {
+        record = {
             "kind": "train",
             "step": self.step + 1,
-            "tokens": self.feed.positions,
+            self.feed.unit: self.feed.positions,
             "loss": sum(weights.get(name, 1.0) * mean for name, mean in means.items()),
             "losses": means,
-            "bits_per_byte": bits_per_byte(nats.get("text", 0.0), round(all_bytes)),
         }
+        if self.feed.unit == "tokens":
+            record["bits_per_byte"] = bits_per_byte(nats.get("text", 0.0), round(all_bytes))
+        return record
 
     def _require_finite(self, record: dict[str, Any], norm: float) -> None:
         # With fp16 the scaler skips a step whose gradient overflowed and lowers its scale.

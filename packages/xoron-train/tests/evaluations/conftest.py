@@ -54,6 +54,38 @@ def speller(letters: None) -> Callable[..., tuple[Any, Any]]:
     return make
 
 
+@pytest.fixture(scope="module")
+def coder(letters: None) -> Callable[..., tuple[Any, Any]]:
+    """Builds the same with a codec instead of the encoder; keys are of the backbone's config."""
+
+    def make(**config: float) -> tuple[Any, Any]:
+        return compose(
+            {
+                "name": "coder",
+                "tokenizer": {"use": "standin-byte"},
+                "backbone": {"use": "speller", **config},
+                "word": {"codec": {"use": "letters"}},
+                "tokens": {"groups": ["control", "conversation", "multimodal"]},
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def makes() -> Callable[[str, str], Conversation]:
+    """A conversation in which a user writes something and the assistant makes a word."""
+
+    def make(prompt: str, word: str) -> Conversation:
+        made = [{"type": "word", "word": word}]
+        return Conversation(
+            f"{prompt}-{word}",
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": made}],
+        )
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def shows() -> Callable[..., Conversation]:
     """A conversation that shows words and expects an answer."""

@@ -128,7 +128,7 @@ def test_wrong_samples_are_named(speller, shows):
         evaluate_answers(model, processor, [Conversation("silent", shows("A").messages[:1])])
     with pytest.raises(DataError, match="conversation 'broken': word: 'a' is no word"):
         evaluate_answers(model, processor, [Conversation("broken", shows("a").messages)])
-    with pytest.raises(ConfigError, match=r"no encoder in image.encoder"):
+    with pytest.raises(ConfigError, match=r"no encoder or codec in image.encoder"):
         evaluate_answers(model, processor, [shows("A")], slots=["image.encoder"])
 
 

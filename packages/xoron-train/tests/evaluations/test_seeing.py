@@ -170,7 +170,7 @@ def test_conversations_that_cannot_be_judged_are_named(speller, shows):
 def test_slots_are_encoders(speller, shows):
     model, processor = speller()
     samples = [shows("A"), shows("B")]
-    with pytest.raises(ConfigError, match=r"no encoder in image.encoder; .* word.encoder"):
+    with pytest.raises(ConfigError, match=r"no encoder or codec in image.encoder; .* word.encoder"):
         evaluate_seeing(model, processor, samples, slots=["image.encoder"])
     assert evaluate_seeing(model, processor, samples, slots=[SLOT])["passed"]
 

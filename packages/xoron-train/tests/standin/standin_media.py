@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xoron_core.components import Encoder, Features, Projector
+from xoron_core.components import Codec, Codes, Encoder, Features, Projector
 from xoron_core.config import Config
 from xoron_core.errors import ConfigError, DataError, UsageError
+from xoron_core.tokens.space import CodecRange
 from xoron_train.conversation import Conversation
 from xoron_train.evaluations.base import Evaluation, EvaluationConfig
 
@@ -101,6 +102,42 @@ class GridProjector(Projector):
         place = torch.arange(values.shape[1], device=values.device)
         most = values.new_tensor(values.shape[1]) if counts is None else counts[:, None]
         return Features(values, (place < most).expand(len(values), -1))
+
+
+class GridCodecConfig(Config):
+    """How many codes each of the two codebooks has, and by how much the second lags behind."""
+
+    levels: int = 16
+    delay: int = 0
+
+
+class GridCodec(Codec):
+    """Each row of a grid to two rounded numbers; how wide they spread is kept beside them."""
+
+    def __init__(self, config: GridCodecConfig, context: Any) -> None:
+        super().__init__(config, context)
+        self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    @classmethod
+    def processor(cls, config: GridCodecConfig) -> GridProcessor:
+        return GridProcessor()
+
+    @classmethod
+    def ranges(cls, config: GridCodecConfig) -> list[CodecRange]:
+        name, levels, delay = "xoron-standin/grid-codec", config.levels, config.delay
+        return [CodecRange(name, q, levels, "grid", None, "grid", q * delay) for q in range(2)]
+
+    def dummy_batch(self) -> dict[str, Tensor]:
+        return {"rows": torch.zeros(1, 2, 4), "mask": torch.ones(1, 2, dtype=torch.bool)}
+
+    def encode(self, rows: Tensor, mask: Tensor) -> Codes:  # type: ignore[override]
+        ids = (self.down(rows).sigmoid() * (self.config.levels - 1)).round().long()
+        spread = (rows * mask[..., None]).abs().amax((1, 2))
+        return Codes(ids, mask, [{"spread": float(s)} for s in spread])
+
+    def decode(self, ids: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        spread = torch.tensor([entry.get("spread", 1.0) for entry in metadata])
+        return self.up(ids / (self.config.levels - 1)) * spread[:, None, None]
 
 
 class Grids:

@@ -62,6 +62,15 @@ def xoron_components() -> list[Component]:
             "As many layers as positions.",
             token_groups=("xoron-standin/grid",),
         ),
+        Component(
+            "codec",
+            "standin-grid",
+            "grid",
+            "standin_media:GridCodec",
+            "standin_media:GridCodecConfig",
+            "Two rounded numbers a row.",
+            token_groups=("xoron-standin/grid",),
+        ),
     ]
 
 

@@ -6,13 +6,12 @@ Footgun: how pixels are normalised belongs to a checkpoint. It is read from its
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from xoron_core.config import Config
+from xoron_core.config import Config, read_json
 from xoron_core.errors import ConfigError
 from xoron_vision.published import published_file
 
@@ -267,19 +266,11 @@ def _read(path: str, name: str, *, required: bool) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir() and (known := published_file(path, name)) is not None:
         return known
-    try:
-        file = folder / name if folder.is_dir() else _download(path, name, required=required)
-        if file is None or not (required or file.exists()):
-            return {}
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"siglip: {path}: {name} cannot be read ({error}); path must be a folder that"
-            " save_pretrained wrote, or a Hub name"
-        ) from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"siglip: {path}: {name} holds no mapping")
-    return data
+    file = folder / name if folder.is_dir() else _download(path, name, required=required)
+    if file is None or not (required or file.exists()):
+        return {}
+    expected = "path must be a folder that save_pretrained wrote, or a Hub name"
+    return read_json(file, what="siglip", expected=expected)
 
 
 def _download(name: str, file: str, *, required: bool) -> Path | None:

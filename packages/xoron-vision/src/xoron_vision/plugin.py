@@ -179,6 +179,7 @@ def xoron_presets() -> list[Preset]:
         of("tiny", "tiny"),
         of("xoron-dev", "xoron-dev"),
         of("qwen3-vlm", "qwen3-vlm"),
+        of("qwen3-uti", "qwen3-uti"),
         of("tiny", "siglip-tiny", "encoder/siglip"),
         of("so400m", "siglip-so400m", "encoder/siglip"),
         of("tiny", "conv-vit-tiny", "encoder/conv-vit"),

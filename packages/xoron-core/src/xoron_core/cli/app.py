@@ -10,8 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from xoron_core import __version__, advice
+from xoron_core.cli.groups import load_command
 from xoron_core.cli.plugins import app as plugins_app
-from xoron_core.descriptors import Command, resolve
 from xoron_core.errors import PluginError, UsageError, did_you_mean
 from xoron_core.plugins import registry
 
@@ -22,8 +22,8 @@ class PluginGroup(TyperGroup):
     """Looks sub-commands up in the plug-in registry; imports one only when it is used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of all commands."""
-        return ["plugins", *registry().commands()]
+        """Names of all commands; one with a space belongs to a group (`cli.groups`)."""
+        return ["plugins", *(name for name in registry().commands() if " " not in name)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command, imported now.
@@ -34,9 +34,9 @@ class PluginGroup(TyperGroup):
         if cmd_name == "plugins":
             return typer.main.get_command(plugins_app)
         commands = registry().commands()
-        if cmd_name in commands:
-            return _load(commands[cmd_name])
-        if package := advice.install_command(cmd_name):
+        if cmd_name in self.list_commands(ctx):
+            return load_command(commands[cmd_name])
+        if " " not in cmd_name and (package := advice.install_command(cmd_name)):
             raise PluginError(f"`xoron {cmd_name}` is not installed; run: pip install {package}")
         names = self.list_commands(ctx)
         raise UsageError(
@@ -47,27 +47,10 @@ class PluginGroup(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Lists the commands from their descriptors, without importing them."""
         rows = [("plugins", "List, show, check or start plug-ins.")]
-        rows += [(command.name, command.help) for command in registry().commands().values()]
+        commands = registry().commands().values()
+        rows += [(command.name, command.help) for command in commands if " " not in command.name]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
-
-
-def _load(command: Command) -> Any:
-    try:
-        target = resolve(command.target)
-    except (ImportError, AttributeError) as error:
-        raise PluginError(
-            f"`xoron {command.name}` ({command.target}) cannot be imported:"
-            f" {type(error).__name__}: {error}"
-        ) from error
-    if isinstance(target, typer.Typer):
-        loaded = typer.main.get_command(target)
-    else:
-        single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single.command(name=command.name)(target)
-        loaded = typer.main.get_command(single)
-    loaded.name = command.name
-    return loaded
 
 
 app = typer.Typer(

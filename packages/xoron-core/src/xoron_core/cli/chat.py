@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xoron_core.cli.session import (
+    Deltas,
     Draft,
     Folder,
     Image,
@@ -70,6 +71,7 @@ def chat(
         list[str] | None, typer.Option("--stop", help="A string that ends an answer.")
     ] = None,
     draft: Draft = None,
+    deltas: Deltas = None,
 ) -> None:
     """Talk to a model; /help lists what can be typed beside messages.
 
@@ -90,7 +92,7 @@ def chat(
         seed=seed,
     )
     parts = media_parts(image, media)
-    session = open_session(folder, draft, parts=parts)
+    session = open_session(folder, draft, parts=parts, deltas=deltas or ())
     talk = Chat(
         session,
         system=system,

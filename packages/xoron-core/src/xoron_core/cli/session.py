@@ -30,6 +30,10 @@ Seed = Annotated[int | None, typer.Option("--seed", help="For sampling.")]
 Draft = Annotated[
     Path | None, typer.Option("--draft", help="A smaller model's folder that drafts text.")
 ]
+Deltas = Annotated[
+    list[Path] | None,
+    typer.Option("--delta", help="Trained slots or rows over the model; again for more."),
+]
 Image = Annotated[
     list[str] | None,
     typer.Option("--image", help="An image before the text of the message; again for more."),
@@ -66,16 +70,22 @@ def media_parts(images: Sequence[str] | None, media: Sequence[str] | None) -> li
 
 
 def open_session(
-    folder: Path, draft: Path | None, *, parts: Sequence[dict[str, str]] = ()
+    folder: Path,
+    draft: Path | None,
+    *,
+    parts: Sequence[dict[str, str]] = (),
+    deltas: Sequence[Path] = (),
 ) -> Session:
     """Loads a model folder, and a draft model's if one is given, into a session.
 
-    Media are read and laid out before any weights are, so that a wrong path costs no time.
+    Media are read and laid out before any weights are, so that a wrong path costs no time. Not so
+    with deltas, which may bring the part that reads them.
 
     Args:
         folder: of the model.
         draft: of a smaller model, or None.
         parts: media that the first message will hold.
+        deltas: folders of slots or rows to put over the model, in this order.
 
     Raises:
         DataError, PluginError, SequenceError: if the model cannot be shown these media.
@@ -88,9 +98,9 @@ def open_session(
     _, composition = read_config(folder)
     if not composition.of_kind("backbone"):
         raise PluginError(advice.empty_slot("backbone", composition.slots))
-    if parts:
+    if parts and not deltas:
         XoronProcessor.from_pretrained(folder).plan([{"role": "user", "content": list(parts)}])
     with working(f"loading {folder}"):
-        model, processor = load(folder)
+        model, processor = load(folder, deltas=deltas)
         drafter = load(draft)[0] if draft else None
     return Session(model, processor, draft=drafter)

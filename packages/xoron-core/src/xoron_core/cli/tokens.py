@@ -9,13 +9,16 @@ from typing import Annotated
 
 import typer
 
+from xoron_core.cli.groups import ExtensibleGroup, plugin_command
 from xoron_core.cli.plugin_list import print_table
 from xoron_core.cli.progress import working
-from xoron_core.errors import FolderError, TokenSpaceError
+from xoron_core.descriptors import resolve
+from xoron_core.errors import FolderError, TokenSpaceError, UsageError
 from xoron_core.tokens.space import TokenSpace
 
 logger = logging.getLogger("xoron")
 app = typer.Typer(
+    cls=ExtensibleGroup,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -111,21 +114,44 @@ def diff(
 
 @app.command("migrate")
 def migrate(
-    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    folder: Annotated[Path, typer.Argument(help="A folder: a model, trained rows or shards.")],
     to: Annotated[Path, typer.Option("--to", help="The folder or file of the space to move to.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The model folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Of trained rows: the model they belong to.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="For rows that are new.")] = 0,
 ) -> None:
     """Move a model to another token space: its vocabulary rows by name, and its tokenizer.
 
+    Trained rows are moved by name too; they then belong to their base as it is moved under the
+    same seed. Shards, as `xoron tokens build` wrote them, move to the space of a model folder.
+
     Example: xoron tokens migrate mine/ --to theirs/ -o moved/
     """
+    if (folder / "shards.json").exists():
+        resolve(plugin_command("tokens migrate-shards").target)(folder, to=to, output=output)
+        return
     from xoron_core.api import load, save
+    from xoron_core.folder import read_config
     from xoron_core.migrate import migrate as move
+    from xoron_core.migrate import migrate_rows
+    from xoron_core.row_deltas import holds_rows
 
     space = _read(to)
+    rows = holds_rows(folder)
+    if rows != (base is not None):
+        raise UsageError(
+            f"{folder}: holds trained rows; name the model that they belong to: --base DIR"
+            if rows
+            else f"--base goes with a folder of trained rows, and {folder} is none; leave it out"
+        )
+    read_config(base or folder)  # `load` would ask the Hub for an absent folder
     with working(f"moving {folder}"):
-        save(*move(*load(folder), space, seed=seed), output)
+        if base is None:
+            save(*move(*load(folder), space, seed=seed), output)
+        else:
+            migrate_rows(*load(base), folder, space=space, output=output, seed=seed)
     logger.info("wrote %s, %s", output, space.hash)
 
 

@@ -39,7 +39,7 @@ from transformers.cache_utils import DynamicCache
 
 from xoron_core.components import LossTerm
 from xoron_core.errors import CompositionError, SequenceError
-from xoron_core.losses import IGNORE, token_loss
+from xoron_core.losses import IGNORE, Ranges, token_loss
 from xoron_core.nn import ring, zigzag
 from xoron_core.nn.kernel_choice import Choice
 
@@ -142,18 +142,21 @@ def text_loss(
     logits: Callable[[Tensor], Tensor],
     *,
     head: nn.Module | None = None,
+    legal: Ranges = (),
 ) -> LossTerm:
     """This process's share of `losses.text_loss`, sum and count; they add up to the whole.
 
     Args:
         hidden: (B, n, D) of this shard.
         part: what `shard` returned, with `shift_labels` and maybe `shift_weights`.
-        logits, head: as for `losses.text_loss`.
+        logits, head, legal: as for `losses.text_loss`.
     """
     labels, weights = part["shift_labels"], part.get("shift_weights")
     predicts = labels != IGNORE
     own = None if weights is None else weights[predicts].float()
-    return token_loss(hidden[predicts], labels[predicts], logits, head=head, weights=own)
+    return token_loss(
+        hidden[predicts], labels[predicts], logits, head=head, weights=own, legal=legal
+    )
 
 
 def text_count(part: Mapping[str, Tensor]) -> Tensor:

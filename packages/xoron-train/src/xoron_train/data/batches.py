@@ -65,13 +65,12 @@ class Window:
         Args:
             modality_of: modality by slot.
         """
-        return Counter(
-            modality_of[span.slot]
-            for group in self.groups
-            for row in group
-            if isinstance(row, Talk) and row.plan is not None
-            for span in row.plan.spans
-        )
+        found: Counter[str] = Counter()
+        for row in (row for group in self.groups for row in group if isinstance(row, Talk)):
+            spans = () if row.plan is None else row.plan.spans
+            found.update(modality_of[span.slot] for span in spans)
+            found.update({modality_of[slot]: len(items) for slot, items in row.media.items()})
+        return found
 
 
 def with_budget(row: Row | Talk, budgets: Mapping[str, int]) -> Row | Talk:

@@ -16,6 +16,7 @@ _KEYS_BY_KIND: dict[str, frozenset[str]] = {
     "hf": frozenset({"field", "subset", "split", "streaming", "block_size"}),
     "conversations": frozenset({"field"}),
     "dataset": frozenset({"options"}),
+    "shards": frozenset(),
 }
 
 
@@ -27,9 +28,10 @@ class SourceConfig(Config):
             (local files read by the `datasets` library) or `hf` (a data set of the Hugging Face
             Hub). Of conversations: `conversations` (local `.jsonl` or `.parquet` files with a
             column of chat messages, whose media are paths relative to the file's folder, bytes or
-            `data:` URLs) or `dataset` (a data set that an installed plug-in brings).
+            `data:` URLs), `dataset` (a data set that an installed plug-in brings) or `shards` (a
+            folder that `xoron tokens build` wrote, whose media are ids already).
         path: a folder for `files` (`stdlib` is the running Python's standard library), a file or
-            a glob for the local kinds, a name for `hf` and `dataset`.
+            a glob for the local kinds, a name for `hf` and `dataset`, a folder for `shards`.
         weight: share of the mixture's tokens, relative to the other sources; above 0. Positions
             that media take count as tokens.
         pattern: `files`: glob below the folder.
@@ -43,7 +45,7 @@ class SourceConfig(Config):
         options: `dataset`: what its plug-in lets one choose.
     """
 
-    kind: Literal["files", "text", "jsonl", "parquet", "hf", "conversations", "dataset"]
+    kind: Literal["files", "text", "jsonl", "parquet", "hf", "conversations", "dataset", "shards"]
     path: str = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0)
     pattern: str = "**/*.txt"
@@ -76,7 +78,7 @@ class SourceConfig(Config):
     @property
     def holds_conversations(self) -> bool:
         """Whether it gives conversations, not text documents."""
-        return self.kind in ("conversations", "dataset")
+        return self.kind in ("conversations", "dataset", "shards")
 
     @property
     def column(self) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from xoron_core.errors import ConfigError
 from xoron_train.data.batches import Window, collate, with_budget
@@ -23,53 +26,46 @@ if TYPE_CHECKING:
     from xoron_core.processor import XoronProcessor
 
 
-class Feed:
-    """A recipe's data, from its sources to batches.
+class BaseFeed(ABC):
+    """The rows of each step, and one process's batches of them.
 
     Args:
         recipe: resolved.
         model: whose slots take the data.
-        processor: of the model; a copy is used, with the largest of the recipe's budgets.
         accelerator: its processes share the rows.
 
     Attributes:
+        unit: what `positions` counts.
         positions: of rows handed out so far, on all processes.
+        options: of the model's forward, beside a batch.
+        processor: collates.
         talks: the mixture's conversations.
         budgets: of the model's projectors.
-        tokenize: text to the ids of a document.
+        tokenize: text to the ids of a document; None without text.
         bytes_of: (vocabulary,) UTF-8 bytes per token, or None if the tokenizer is not byte-level.
-
-    Raises:
-        ConfigError: if the model takes no text, or its projectors have not the recipe's budgets.
-        DataError: if there is nothing to train on.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: XoronModel,
-        *,
-        processor: XoronProcessor,
-        accelerator: Accelerator,
-    ) -> None:
-        tokenizer, space = processor.tokenizer, processor.space
-        if tokenizer is None or space is None or model.backbone is None:
-            raise ConfigError(
-                f"recipe {recipe.name!r} trains on text, and this model has no tokenizer or no"
-                " backbone; compose one in (they come with: pip install xoron-llm)"
-            )
+    unit = "tokens"
+    processor: XoronProcessor
+    talks: TalkMixture
+    tokenize: DocumentTokens | None = None
+    bytes_of: Tensor | None = None
+
+    def __init__(self, recipe: Recipe, model: XoronModel, *, accelerator: Accelerator) -> None:
         self.recipe = recipe
-        self.budgets = Budgets(model, recipe.budgets, seed=recipe.seed)
-        self.processor = copy.copy(processor)
-        self.processor.budgets = {**processor.budgets, **self.budgets.largest}
         self.accelerator = accelerator
+        self.budgets = Budgets(model, recipe.budgets, seed=recipe.seed)
         self.positions = 0
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.bytes_of = token_bytes(tokenizer, space.size)
-        self.talks = TalkMixture(recipe, self.processor)
-        self.tokenize = DocumentTokens(tokenizer)
-        stream = TrainStream(recipe, self.tokenize, talks=self.talks.training)
+        self.options = {"use_cache": False, **({"legal": True} if recipe.legal else {})}
+
+    def begin(self, stream: TrainStream) -> None:
+        """Goes by this stream from now on.
+
+        Raises:
+            DataError: if there is nothing to train on.
+        """
         stream.check()
+        recipe = self.recipe
         self.stream = LengthGroups(stream, steps=recipe.length_group_steps, seed=recipe.seed)
 
     @property
@@ -95,12 +91,11 @@ class Feed:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         return [self.collate(rows) for rows in window.of_process(process, processes)]
 
+    @abstractmethod
     def collate(
         self, rows: Sequence[Row | Talk], budgets: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
         """Rows to one batch, their media cut down to `budgets` if given."""
-        rows = rows if budgets is None else [with_budget(row, budgets) for row in rows]
-        return collate(rows, self.processor, pad_token_id=self.pad)
 
     def state_dict(self) -> StreamState:
         """Everything that decides the rows to come."""
@@ -115,3 +110,47 @@ class Feed:
         """
         self.positions = state.data["trained"]
         self.stream.load_state_dict(state)
+
+
+class Feed(BaseFeed):
+    """A recipe's text and conversations, from their sources to batches.
+
+    Args:
+        recipe, model, accelerator: as for `BaseFeed`.
+        processor: of the model; a copy is used, with the largest of the recipe's budgets.
+
+    Raises:
+        ConfigError: if the model takes no text, or its projectors have not the recipe's budgets.
+        DataError: if there is nothing to train on.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: XoronModel,
+        *,
+        processor: XoronProcessor,
+        accelerator: Accelerator,
+    ) -> None:
+        tokenizer, space = processor.tokenizer, processor.space
+        if tokenizer is None or space is None or model.backbone is None:
+            raise ConfigError(
+                f"recipe {recipe.name!r} trains on text, and this model has no tokenizer or no"
+                " backbone; compose one in (they come with: pip install xoron-llm)"
+            )
+        super().__init__(recipe, model, accelerator=accelerator)
+        self.processor = copy.copy(processor)
+        self.processor.budgets = {**processor.budgets, **self.budgets.largest}
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.bytes_of = token_bytes(tokenizer, space.size)
+        self.talks = TalkMixture(recipe, self.processor)
+        self.talks.require_codecs(model)
+        self.tokenize = DocumentTokens(tokenizer)
+        self.begin(TrainStream(recipe, self.tokenize, talks=self.talks.training))
+
+    def collate(
+        self, rows: Sequence[Row | Talk], budgets: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Rows to one batch, their media cut down to `budgets` if given."""
+        rows = rows if budgets is None else [with_budget(row, budgets) for row in rows]
+        return collate(rows, self.processor, pad_token_id=self.pad)

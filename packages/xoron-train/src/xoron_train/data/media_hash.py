@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xoron_core.descriptors import resolve
 from xoron_core.errors import PluginError
-from xoron_core.sequence import media_parts
+from xoron_core.sequence import Placed, media_parts
 
 if TYPE_CHECKING:
     from xoron_core.processor import XoronProcessor
@@ -32,15 +32,23 @@ def conversation_digests(
     Raises:
         DataError, SequenceError: if a medium cannot be read or is of no known modality.
     """
+    if placed := media_parts(messages, processor.modalities):
+        return frozenset(media_digests(processor, placed))
+    text = json.dumps([dict(message) for message in messages], sort_keys=True, default=str)
+    return frozenset([hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()])
+
+
+def media_digests(processor: XoronProcessor, placed: Iterable[Placed]) -> list[bytes]:
+    """The digest of each of these media, in order.
+
+    Raises:
+        DataError: if one cannot be read.
+    """
     modalities = processor.modalities
-    placed = media_parts(messages, modalities)
-    if not placed:
-        text = json.dumps([dict(message) for message in messages], sort_keys=True, default=str)
-        return frozenset([hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()])
-    return frozenset(
+    return [
         medium_digest(resolve(modalities[medium.modality].load)(medium.media), medium.modality)
         for medium in placed
-    )
+    ]
 
 
 def medium_digest(loaded: Any, modality: str) -> bytes:

@@ -21,8 +21,8 @@ from torch import Tensor
 from xoron_core.errors import ConfigError
 from xoron_train.data.cursor import Cursor, held_out_documents
 from xoron_train.data.packing import Packer, Row
-from xoron_train.data.sources import Document, open_source
-from xoron_train.data.talks import Talk, TalkSource
+from xoron_train.data.sources import Document, IndexedSource, open_source
+from xoron_train.data.talks import Talk
 from xoron_train.data.text_rows import StreamState, TextRows, furthest_behind
 
 if TYPE_CHECKING:
@@ -61,16 +61,16 @@ class TrainStream:
 
     Args:
         recipe: its mixture, seed, split, row length and shuffling are used.
-        tokenize: text to the ids of a document.
+        tokenize: text to the ids of a document; None where the mixture holds no text.
         talks: the mixture's sources of conversations, read for training.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        tokenize: DocumentTokens,
+        tokenize: DocumentTokens | None,
         *,
-        talks: Mapping[str, TalkSource] | None = None,
+        talks: Mapping[str, IndexedSource[Talk]] | None = None,
     ) -> None:
         weights = {name: config.weight for name, config in recipe.mixture.items()}
         texts = [n for n, config in recipe.mixture.items() if not config.holds_conversations]
@@ -154,9 +154,11 @@ class TrainStream:
 
 
 def row_length(row: Row | Talk) -> int:
-    """Positions that a row takes, padding included."""
+    """Positions that a row takes, padding included; media, where it holds media alone."""
     if isinstance(row, Row):
         return len(row.tokens)
+    if row.media:
+        return len(next(iter(row.media.values())))
     assert row.plan is not None
     return len(row.plan.input_ids)
 

@@ -1,22 +1,26 @@
 """The conversations of a recipe's mixture: opened once, kept off the golden set, by split.
 
 Local tables are split by a hash of their media (see `talks`); a data set of a plug-in brings its
-own splits, of which `train` is trained.
+own splits, of which `train` is trained, and shards keep those that they were written with.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from xoron_core.errors import ConfigError, DataError, did_you_mean
+from xoron_core.tokens.space import TokenSpace
 from xoron_train.conversation import HELD_OUT, TRAIN, Conversation, Conversations
 from xoron_train.data.conversations import ConversationTable, dataset_splits, open_dataset
 from xoron_train.data.cursor import held_out_documents
+from xoron_train.data.media_hash import conversation_digests
 from xoron_train.data.talks import Talk, TalkSource, golden_digests, indexed
+from xoron_train.shards.source import ShardSource
 
 if TYPE_CHECKING:
+    from xoron_core.model import XoronModel
     from xoron_core.processor import XoronProcessor
     from xoron_train.recipe import Recipe
 
@@ -37,27 +41,43 @@ class TalkMixture:
         self.recipe = recipe
         self.processor = processor
         self._opened: dict[tuple[str, str], Conversations] = {}  # splits of data sets
-        self.golden = golden_digests(
-            processor, {name: indexed(self._golden_set(name)) for name in recipe.golden}
-        )
+        sets = {name: indexed(self._golden_set(name)) for name in recipe.golden}
+        self.golden = golden_digests(self._digests, sets)
         self.training = {
             name: self._source(name, TRAIN)
             for name, config in recipe.mixture.items()
             if config.holds_conversations
         }
 
+    def require_codecs(self, model: XoronModel) -> None:
+        """Refuses shards whose ids were made with other codecs than the model's.
+
+        Raises:
+            DataError: naming both.
+        """
+        for source in self.training.values():
+            if isinstance(source, ShardSource):
+                source.require_codecs(model)
+
     def held_out(self, name: str, limit: int | None = None) -> Iterator[Talk]:
         """The held-out conversations of a source, laid out, in an order that no seed changes.
 
-        Of a data set: those of its split `held-out`, or of its first split beside `train`.
+        Of a data set and of shards: those of the split `held-out`, or of the first one beside
+        `train`.
 
         Raises:
             DataError: if too many are unreadable.
         """
         config = self.recipe.mixture[name]
         split = HELD_OUT
-        if config.kind == "dataset":
-            others = [s for s in dataset_splits(f"mixture.{name}", config) if s != TRAIN]
+        if config.kind in ("dataset", "shards"):
+            source = self.training[name]
+            splits = (
+                source.splits
+                if isinstance(source, ShardSource)
+                else dataset_splits(f"mixture.{name}", config)
+            )
+            others = [split for split in splits if split != TRAIN]
             if not others:
                 return iter(())
             split = HELD_OUT if HELD_OUT in others else others[0]
@@ -78,6 +98,11 @@ class TalkMixture:
         config = self.recipe.mixture[name]
         if not config.holds_conversations:
             raise ConfigError(f"mixture.{name}: holds text, and an evaluation needs conversations")
+        if config.kind == "shards":
+            raise ConfigError(
+                f"mixture.{name}: holds ids, and an evaluation needs conversations; name what the"
+                " shards were made of as a source of its own, with a small weight"
+            )
         if config.kind == "dataset":
             opened = self._split(name, split)
             return [opened[index] for index in range(min(count, len(opened)))]
@@ -94,26 +119,33 @@ class TalkMixture:
 
     def _of_split(self, name: str, split: str) -> Iterator[Talk]:
         recipe, source = self.recipe, self.training[name]
-        if recipe.mixture[name].kind == "dataset":
-            source = self._source(name, HELD_OUT, split)
-        else:
-            source = source.other_side(split)
+        brought = recipe.mixture[name].kind == "dataset"
+        source = self._source(name, HELD_OUT, split) if brought else source.other_side(split)
         return held_out_documents(
             source,
             eval_fraction=recipe.eval_fraction,
             max_unreadable=recipe.max_unreadable,
-            side=split if recipe.mixture[name].kind == "conversations" else HELD_OUT,
+            side=HELD_OUT if brought else split,
         )
 
-    def _source(self, name: str, wanted: str, split: str = TRAIN) -> TalkSource:
+    def _source(self, name: str, wanted: str, split: str = TRAIN) -> TalkSource | ShardSource:
         config = self.recipe.mixture[name]
+        if config.kind == "shards":
+            return ShardSource(
+                name,
+                config.path,
+                space=cast(TokenSpace, self.processor.space),
+                wanted=wanted,
+                length=self.recipe.sequence_length,
+                golden=self.golden,
+            )
         brought = config.kind == "dataset"
         opened: Conversations = (
             self._split(name, split)
             if brought
             else ConversationTable(f"mixture.{name}", config.path, column=config.column)
         )
-        return TalkSource(
+        return self._open(
             name,
             opened,
             processor=self.processor,
@@ -123,6 +155,13 @@ class TalkMixture:
             golden=self.golden if wanted == TRAIN else frozenset(),
             workers=self.recipe.num_workers,
         )
+
+    def _open(self, name: str, conversations: Conversations, **keys: Any) -> TalkSource:
+        return TalkSource(name, conversations, **keys)
+
+    def _digests(self, messages: Sequence[Mapping[str, Any]]) -> frozenset[bytes]:
+        """Of what a conversation of the golden set keeps out of training."""
+        return conversation_digests(self.processor, messages)
 
     def _golden_set(self, name: str) -> Conversations:
         source, _, split = name.rpartition(":")

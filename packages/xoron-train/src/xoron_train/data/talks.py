@@ -11,15 +11,15 @@ Which side a conversation is on is remembered, so that its media are loaded for 
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xoron_core.errors import DataError, SequenceError
-from xoron_core.sequence import Plan
 from xoron_train.conversation import HELD_OUT, TRAIN, Conversation, Conversations
 from xoron_train.data.media_hash import conversation_digests
 from xoron_train.data.order import below
@@ -28,12 +28,14 @@ from xoron_train.data.workers import read_ahead
 
 if TYPE_CHECKING:
     from xoron_core.processor import XoronProcessor
+    from xoron_core.sequence import Plan
 
 logger = logging.getLogger("xoron.train")
 
 MIXED = "mixed"
 GOLDEN = "golden"
-_SIDES = ("", TRAIN, HELD_OUT, MIXED, GOLDEN)  # by the number that is remembered
+BARE = "without a medium"
+_SIDES = ("", TRAIN, HELD_OUT, MIXED, GOLDEN, BARE)  # by the number that is remembered
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,18 @@ class Talk:
 
     Attributes:
         name: what it is reported under.
-        on: the side it is on: `train`, `held-out`, `mixed` or `golden`.
+        on: the side it is on: `train`, `held-out`, `mixed` or `golden`; `without a medium` where
+            media alone are trained on.
         conversation: as it was read, or None if that was not needed.
         plan: its layout, likewise.
+        media: where media alone are trained on: by slot, what its processor made of each.
     """
 
     name: str
     on: str
     conversation: Conversation | None = None
     plan: Plan | None = None
+    media: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def side(self, eval_fraction: float) -> str:
         """The side it is on; it was decided when it was read."""
@@ -96,17 +101,8 @@ class TalkSource(IndexedSource[Talk]):
 
     def other_side(self, wanted: str) -> TalkSource:
         """The same source read for another side; what is remembered is shared."""
-        other = TalkSource(
-            self.name,
-            self.conversations,
-            processor=self.processor,
-            wanted=wanted,
-            length=self.length,
-            eval_fraction=self.eval_fraction,
-            golden=self.golden,
-            workers=self.workers,
-        )
-        other.sides = self.sides
+        other = copy.copy(self)
+        other.wanted = wanted
         return other
 
     def __len__(self) -> int:
@@ -123,7 +119,7 @@ class TalkSource(IndexedSource[Talk]):
             side = known or self._side(conversation)
             if side != self.wanted:
                 return Talk(name, side)
-            return Talk(name, side, conversation, self._plan(conversation))
+            return self._laid_out(Talk(name, side, conversation), conversation)
         except (DataError, SequenceError, OSError) as error:
             raise UnreadableError(name, str(error)) from None
 
@@ -139,7 +135,8 @@ class TalkSource(IndexedSource[Talk]):
         own = getattr(self.conversations, "fingerprint", None)
         return f"{len(self)} conversations" if own is None else str(own())
 
-    def _plan(self, conversation: Conversation) -> Plan:
+    def _laid_out(self, talk: Talk, conversation: Conversation) -> Talk:
+        """The same with what a batch is made of."""
         plan = self.processor.plan(conversation.messages, train=True)
         if len(plan.input_ids) > self.length:
             raise DataError(
@@ -149,13 +146,17 @@ class TalkSource(IndexedSource[Talk]):
             raise DataError(
                 "the assistant says nothing in it that could be learned, and no medium has labels"
             )
-        return plan
+        return replace(talk, plan=plan)
+
+    def _digests(self, conversation: Conversation) -> frozenset[bytes]:
+        """Of what decides which side it is on."""
+        return conversation_digests(self.processor, conversation.messages)
 
     def _side(self, conversation: Conversation) -> str:
         own = self.wanted if self.eval_fraction is None else ""
         if not self.eval_fraction and not self.golden:
             return own or TRAIN
-        digests = conversation_digests(self.processor, conversation.messages)
+        digests = self._digests(conversation)
         share = self.eval_fraction or 0.0
         sides = {own or (HELD_OUT if below(digest, share) else TRAIN) for digest in digests}
         side = sides.pop() if len(sides) == 1 else MIXED
@@ -174,9 +175,14 @@ class TalkSource(IndexedSource[Talk]):
 
 
 def golden_digests(
-    processor: XoronProcessor, sets: Mapping[str, Iterable[Conversation]]
+    digests: Callable[[Sequence[Mapping[str, Any]]], frozenset[bytes]],
+    sets: Mapping[str, Iterable[Conversation]],
 ) -> frozenset[bytes]:
     """The digests of all media in the golden sets, and of the texts of those without media.
+
+    Args:
+        digests: those of a conversation, from its messages.
+        sets: conversations by what they are reported under.
 
     Raises:
         DataError: if anything of them cannot be read.
@@ -187,7 +193,7 @@ def golden_digests(
         try:
             for conversation in conversations:
                 at = f"{name}: {conversation.name}"
-                found |= conversation_digests(processor, conversation.messages)
+                found |= digests(conversation.messages)
         except (DataError, SequenceError, OSError, UnreadableError) as error:
             raise DataError(
                 f"golden: {at}: {error}; mend it, for what cannot be read cannot be kept out"

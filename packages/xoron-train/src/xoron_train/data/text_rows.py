@@ -35,7 +35,7 @@ class TextRows:
     Args:
         cursors: a walk over each source.
         weights: the share of each, by the same names.
-        tokenize: text to the ids of a document.
+        tokenize: text to the ids of a document; None without cursors.
         length: tokens of a row.
         shuffle_rows: rows of a block.
         seed: of the shuffling.
@@ -46,7 +46,7 @@ class TextRows:
         cursors: Mapping[str, Cursor[Document]],
         *,
         weights: Mapping[str, float],
-        tokenize: Callable[[str], list[int]],
+        tokenize: Callable[[str], list[int]] | None,
         length: int,
         shuffle_rows: int,
         seed: int,
@@ -101,6 +101,7 @@ class TextRows:
         self.blocks += 1
 
     def _draw(self) -> None:
+        assert self.tokenize is not None
         name = furthest_behind(self.drawn, self.weights)
         tokens = self.tokenize(self.cursors[name].next().text)
         self.drawn[name] += len(tokens)

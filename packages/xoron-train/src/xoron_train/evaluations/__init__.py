@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from xoron_train.evaluations.answers import evaluate_answers
     from xoron_train.evaluations.base import Evaluation, EvaluationConfig
     from xoron_train.evaluations.config import AnswersConfig, Gate, SeeingConfig
+    from xoron_train.evaluations.making import evaluate_making
+    from xoron_train.evaluations.prompting import evaluate_prompting
     from xoron_train.evaluations.seeing import evaluate_seeing
+    from xoron_train.evaluations.text_unchanged import evaluate_text_unchanged
     from xoron_train.evaluations.vqa import vqa_accuracy
 
 _LAZY = {
@@ -30,7 +33,10 @@ _LAZY = {
     "Gate": "xoron_train.evaluations.config",
     "SeeingConfig": "xoron_train.evaluations.config",
     "evaluate_answers": "xoron_train.evaluations.answers",
+    "evaluate_making": "xoron_train.evaluations.making",
+    "evaluate_prompting": "xoron_train.evaluations.prompting",
     "evaluate_seeing": "xoron_train.evaluations.seeing",
+    "evaluate_text_unchanged": "xoron_train.evaluations.text_unchanged",
     "vqa_accuracy": "xoron_train.evaluations.vqa",
 }
 
@@ -42,7 +48,10 @@ __all__ = [
     "Gate",
     "SeeingConfig",
     "evaluate_answers",
+    "evaluate_making",
+    "evaluate_prompting",
     "evaluate_seeing",
+    "evaluate_text_unchanged",
     "vqa_accuracy",
 ]
 

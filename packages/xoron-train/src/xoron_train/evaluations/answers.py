@@ -32,10 +32,11 @@ from typing import TYPE_CHECKING, Any
 from xoron_core.errors import DataError
 from xoron_core.sequence import Plan
 from xoron_core.session import Reply, Session
-from xoron_train.conversation import Conversation
-from xoron_train.evaluations.base import Evaluation
+from xoron_train.conversation import Conversation, has_media
+from xoron_train.evaluations.base import Check, Evaluation
+from xoron_train.evaluations.comparison import share_interval
 from xoron_train.evaluations.config import AnswersConfig, Intervention, Scoring
-from xoron_train.evaluations.interventions import Interventions, encoder_slots, judging, naming
+from xoron_train.evaluations.interventions import Interventions, judging, media_slots, naming
 from xoron_train.evaluations.scores import (
     SCORES,
     Expected,
@@ -65,17 +66,30 @@ class Answers(Evaluation):
         record = evaluate_answers(model, processor, samples, **options)
         return record | self._gates(record)
 
-    def _gates(self, record: Mapping[str, Any]) -> dict[str, bool]:
+    def checks(self, record: Mapping[str, Any]) -> list[Check]:
+        """The score and that of each control, where there is a gate."""
         least, most = self.config.at_least, self.config.control_at_most
-        passed = [] if least is None else [record["score"] >= least]
+        found = [] if least is None else [_check("score", record, at_least=least)]
         if most is not None:
-            if not record["controls"]:
-                raise DataError(
-                    "answers: control_at_most finds no control, because no conversation has media;"
-                    " remove it"
-                )
-            passed += [control["score"] <= most for control in record["controls"].values()]
-        return {"passed": all(passed)} if passed else {}
+            found += [
+                _check(f"score, {name}", control, at_most=most)
+                for name, control in record["controls"].items()
+            ]
+        return found
+
+    def suits(self, sample: Conversation) -> bool:
+        """Whether it ends with text of the assistant."""
+        last = sample.messages[-1]
+        return last["role"] == "assistant" and (not has_media(last) or "references" in last)
+
+    def _gates(self, record: Mapping[str, Any]) -> dict[str, bool]:
+        if self.config.control_at_most is not None and not record["controls"]:
+            raise DataError(
+                "answers: control_at_most finds no control, because no conversation has media;"
+                " remove it"
+            )
+        checks = self.checks(record)
+        return {"passed": all(check.passed for check in checks)} if checks else {}
 
 
 def evaluate_answers(
@@ -102,7 +116,7 @@ def evaluate_answers(
         max_new_tokens: limit of an answer.
         controls: interventions under which the questions are asked again; None is `zeroed` where
             there are media.
-        slots: encoders whose features those replace; empty for all.
+        slots: encoders and codecs whose media those replace; empty for all.
         batch_size: questions at once.
         seed: of the controls.
 
@@ -110,7 +124,7 @@ def evaluate_answers(
         The record that this module describes, without `passed`.
 
     Raises:
-        ConfigError: for a slot without an encoder.
+        ConfigError: for a slot without an encoder or codec.
         DataError: if there are no samples, if one cannot be read or has no prompt, no expected
             text or too few references, or if a control finds no media.
     """
@@ -121,7 +135,7 @@ def evaluate_answers(
         with naming(samples[index]):
             return processor.plan(split(samples[index])[0], add_generation_prompt=True)
 
-    shown = Interventions(model, processor, plan, slots=encoder_slots(model, slots), seed=seed)
+    shown = Interventions(model, processor, plan, slots=media_slots(model, slots), seed=seed)
     expected = [split(sample)[1] for sample in samples]
     ask = partial(_replies, shown, samples, size=batch_size, limit=max_new_tokens)
     way = SCORES[score]
@@ -172,8 +186,8 @@ def _reached(shown: Interventions, control: Intervention) -> list[int]:
         return reached
     raise DataError(
         f"answers: control {control!r} finds nothing to replace in {total} conversations; give some"
-        " with media that an encoder reads (for shuffled: of the same length, and with different"
-        " answers), or take it out of controls"
+        " with media that an encoder or a codec reads (for shuffled: of the same length, and with"
+        " different answers), or take it out of controls"
     )
 
 
@@ -185,3 +199,8 @@ def _beside_chance(said: Sequence[str], expected: Sequence[Expected], way: Score
     for kind, entry in record.get("kinds", {}).items():
         entry["chance"] = chance["kinds"][kind]["score"]
     return record
+
+
+def _check(figure: str, record: Mapping[str, Any], **threshold: float) -> Check:
+    score, number = record["score"], record["samples"]
+    return Check(figure, score, number, interval=share_interval(score, number), **threshold)

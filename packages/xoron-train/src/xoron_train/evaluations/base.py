@@ -6,13 +6,15 @@ A recipe names evaluations:
       sees: {use: seeing, source: digits, split: held-out, samples: 256}
 
 The trainer runs each on its source's split, with the model in evaluation mode and no gradient, and
-writes what it returns into the evaluation's record.
+writes what it returns into the evaluation's record. `xoron gate` runs several on a finished model
+and holds their figures against thresholds (see `xoron_train.gates`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -44,6 +46,32 @@ class EvaluationConfig(Config):
     required: bool = False
 
 
+@dataclass(frozen=True)
+class Check:
+    """One figure of a record beside what it must be.
+
+    Attributes:
+        figure: its name.
+        value: finite.
+        samples: how many conversations it is of.
+        at_least, at_most: thresholds; at least one of them is given.
+        interval: of the value, 95 %; None where there is none to give.
+    """
+
+    figure: str
+    value: float
+    samples: int
+    at_least: float | None = None
+    at_most: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value lies within the thresholds."""
+        high_enough = self.at_least is None or self.value >= self.at_least
+        return high_enough and (self.at_most is None or self.value <= self.at_most)
+
+
 class Evaluation(ABC):
     """Judges a model. Called as `Class(config)`."""
 
@@ -64,3 +92,20 @@ class Evaluation(ABC):
         Raises:
             DataError: if the samples do not suit the evaluation.
         """
+
+    def checks(self, record: Mapping[str, Any]) -> list[Check]:
+        """The figures of a record beside the thresholds of this evaluation's config.
+
+        A pure function of the two, so that a stored record can be judged again.
+
+        Args:
+            record: as `run` returned it.
+        """
+        if "passed" not in record:
+            return []
+        samples = int(record.get("samples", 0))
+        return [Check("passed", float(record["passed"]), samples, at_least=1.0)]
+
+    def suits(self, sample: Conversation) -> bool:
+        """Whether the evaluation can judge by this conversation; a gate skips those it cannot."""
+        return True

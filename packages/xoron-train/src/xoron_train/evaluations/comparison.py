@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from xoron_train.evaluations.base import Check
 from xoron_train.evaluations.config import Gate
 
 RESAMPLES = 2000
+_Z = 1.959964  # of a normal distribution, 95 %, both sides
 
 
 def compare(
@@ -54,3 +58,38 @@ def interval(values: np.ndarray, *, group: np.ndarray, seed: int) -> list[float]
         means.append(sums[drawn].sum() / sizes[drawn].sum())
     low, high = np.quantile(means, [0.025, 0.975])
     return [float(low), float(high)]
+
+
+def comparison_checks(name: str, found: Mapping[str, Any], gate: Gate) -> list[Check]:
+    """A comparison's two figures beside its gate.
+
+    Args:
+        name: of what the correct thing was exchanged for.
+        found: as `compare` returned it.
+        gate: what must be reached.
+    """
+    number, wins = found["samples"], found["wins"]
+    low, high = found["interval"]
+    return [
+        Check(
+            f"{name} wins",
+            wins,
+            number,
+            at_least=gate.wins,
+            interval=share_interval(wins, number),
+        ),
+        Check(f"{name} delta", found["delta"], number, at_least=gate.delta, interval=(low, high)),
+    ]
+
+
+def share_interval(share: float, number: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927); of 0 or 1 it is no point.
+
+    Args:
+        share: in [0, 1].
+        number: of independent samples, 1 or more.
+    """
+    weight = _Z**2 / number
+    middle = (share + weight / 2) / (1 + weight)
+    half = _Z * math.sqrt(share * (1 - share) / number + weight / (4 * number)) / (1 + weight)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,4 +1,4 @@
-"""What is done to media features, inside the ordinary forward pass, to learn whether they are used.
+"""What is done to media, inside the ordinary forward pass, to learn whether they are used.
 
 Hooks on the encoders, removed whatever happens, replace what goes into the projectors; sequence,
 positions and masks stay as they are:
@@ -9,11 +9,11 @@ positions and masks stay as they are:
 - `noised`: features are drawn from a Gaussian with mean and deviation, per channel, of the features
   of all samples. Those of one sample alone would still tell something about it.
 
-Works for every encoder, of whatever modality, whose features a projector puts into the sequence.
+Works for every encoder, of whatever modality, whose features a projector puts into the sequence,
+and for every codec whose ids stand in it (see `code_interventions`). What the assistant makes is
+expected of it and never replaced.
 
-Footguns:
-- Media that come in as ids of a codec pass through no encoder; they are not touched.
-- What an encoder makes of a medium must not depend on what else is in the batch.
+Footgun: what an encoder makes of a medium must not depend on what else is in the batch.
 
 Shapes: M items of one call, L features of the longest, E feature width.
 """
@@ -22,19 +22,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from xoron_core.components import Encoder, Features
+from xoron_core.components import Codec, Codes, Encoder, Features
 from xoron_core.composer.parts import slot_seed
 from xoron_core.errors import ConfigError, DataError, SequenceError
 from xoron_core.fill import split_spans
 from xoron_core.sequence import Plan, Span
 from xoron_train.conversation import Conversation
+from xoron_train.evaluations.code_interventions import (
+    CodeCounts,
+    exchanged,
+    rewritten,
+    shadowed,
+)
 from xoron_train.evaluations.config import Intervention
 from xoron_train.evaluations.shuffling import Medium, Place, donors, groups
 
@@ -42,7 +48,8 @@ if TYPE_CHECKING:
     from xoron_core.model import XoronModel
     from xoron_core.processor import XoronProcessor
 
-Attach = Callable[[nn.Module], Any]
+# What changes a part of a model, in place, until it is left.
+Attach = Callable[[Any], AbstractContextManager[Any]]
 
 
 @contextmanager
@@ -71,16 +78,16 @@ def naming(sample: Conversation) -> Iterator[None]:
         raise DataError(f"conversation {sample.name!r}: {error}") from None
 
 
-def encoder_slots(model: XoronModel, chosen: Sequence[str]) -> tuple[str, ...]:
-    """The chosen encoders, or all.
+def media_slots(model: XoronModel, chosen: Sequence[str]) -> tuple[str, ...]:
+    """The chosen encoders and codecs, or all.
 
     Raises:
-        ConfigError: for a slot that holds no encoder.
+        ConfigError: for a slot that holds neither.
     """
-    known = tuple(model.parts(Encoder))
+    known = tuple(model.parts((Encoder, Codec)))
     if wrong := [slot for slot in chosen if slot not in known]:
         raise ConfigError(
-            f"slots: no encoder in {', '.join(wrong)}; this model has them in:"
+            f"slots: no encoder or codec in {', '.join(wrong)}; this model has them in:"
             f" {', '.join(known) or 'no slot'}"
         )
     return tuple(chosen) or known
@@ -119,7 +126,7 @@ class Interventions:
         processor: of the model.
         plan: lays out the sample of an index. Called again for whoever is given its media: items
             are not held in memory.
-        slots: encoders whose media are replaced.
+        slots: encoders and codecs whose media are replaced.
         seed: of shuffling and noise.
 
     Attributes:
@@ -142,7 +149,10 @@ class Interventions:
         self.slots, self.seed = tuple(slots), seed
         self.media: list[tuple[Medium, ...]] = []
         self.group: list[int] = []
-        self._moments = {slot: Moments() for slot in slots}
+        self._codecs = {slot: model.part(slot) for slot in slots if slot in model.parts(Codec)}
+        self._moments = {slot: Moments() for slot in slots if slot not in self._codecs}
+        self._counts = {slot: CodeCounts() for slot in self._codecs}
+        self._read: list[dict[str, list[bool]]] = []  # of each codec's items, whether it is input
         self.takes: list[list[Place] | None] = []
 
     def read(self, indices: Iterable[int]) -> dict[int, Plan]:
@@ -152,13 +162,21 @@ class Interventions:
             assert index == len(self.media), "samples are read once, in order"
             laid = self.plan(index)
             self.media.append(tuple(map(self._medium, self._spans(laid))))
+            self._read.append(self._coded(laid))
             if self.media[index]:
                 plans[index] = laid
         return plans
 
+    def made(self, plan: Plan) -> tuple[str, ...]:
+        """Digests of the media that the assistant is to make through a codec."""
+        made = [span for span in plan.spans if plan.learned[span.start]]
+        return tuple(item_digest(self.processor, span) for span in made)
+
     def observed(self) -> AbstractContextManager[None]:
-        """Notes the features of forward passes; noise imitates them."""
-        return _hooked(self.model, {slot: _after(m.add) for slot, m in self._moments.items()})
+        """Notes the features and codes of forward passes; noise imitates them."""
+        noting = {slot: _after(m.add) for slot, m in self._moments.items()}
+        counting = {slot: partial(shadowed, change=c.add) for slot, c in self._counts.items()}
+        return _attached(self.model, noting | counting)
 
     def shuffle(self, expected: Sequence[Hashable]) -> None:
         """Settles whose media each sample is given: of one that expects something else."""
@@ -175,22 +193,33 @@ class Interventions:
         for sample in samples:
             for number, medium in enumerate(self.media[sample]):
                 places.setdefault(medium.slot, []).append(Place(sample, number))
-        if name == "shuffled":
-            return self._swapped(places)
-        change = {"zeroed": _zero, "noised": self._noise}[name]
-        return _hooked(
-            self.model, {slot: _after(partial(change, wanted)) for slot, wanted in places.items()}
-        )
+        attach: dict[str, Attach] = {}
+        for slot, wanted in places.items():
+            if slot in self._codecs:
+                changed = [flag for sample in samples for flag in self._read[sample][slot]]
+                attach[slot] = self._recoded(name, slot, wanted, changed)
+            elif name == "shuffled":
+                attach[slot] = self._given(slot, wanted)
+            else:
+                change = {"zeroed": _zero, "noised": self._noise}[name]
+                attach[slot] = _after(partial(change, wanted))
+        return _attached(self.model, attach)
 
     def _spans(self, plan: Plan) -> list[Span]:
-        return [span for span in plan.spans if span.slot in self.slots]
+        """What is shown; of a codec's media the made ones are learned, and are no input."""
+        return [s for s in plan.spans if s.slot in self.slots and not plan.learned[s.start]]
+
+    def _coded(self, plan: Plan) -> dict[str, list[bool]]:
+        return {
+            slot: [not plan.learned[span.start] for span in plan.spans if span.slot == slot]
+            for slot in self._codecs
+        }
 
     def _medium(self, span: Span) -> Medium:
-        tensors = _tensors(self.processor, span.slot, [span.item])
-        return Medium(span.slot, span.length, _digest(tensors))
+        return Medium(span.slot, span.length, item_digest(self.processor, span))
 
-    def _swapped(self, places: Mapping[str, Sequence[Place]]) -> AbstractContextManager[None]:
-        """Gives encoders the media of others; a sample that finds none keeps its own."""
+    def _taken(self, slot: str, places: Sequence[Place]) -> dict[str, Tensor]:
+        """The media of others, as the part in `slot` takes them; who finds none keeps her own."""
         loaded: dict[int, list[Mapping[str, Any]]] = {}
 
         def item(place: Place) -> Mapping[str, Any]:
@@ -201,25 +230,46 @@ class Interventions:
                 loaded[donor.sample] = [span.item for span in spans]
             return loaded[donor.sample][donor.medium]
 
-        def give(slot: str, wanted: Sequence[Place]) -> Attach:
-            tensors = _tensors(self.processor, slot, [item(place) for place in wanted])
-            given = {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
+        tensors = _tensors(self.processor, slot, [item(place) for place in places])
+        return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
 
-            def hook(_module: nn.Module, args: Any, _media: Any) -> tuple[Any, Any]:
-                return args, given
+    def _given(self, slot: str, places: Sequence[Place]) -> Attach:
+        """Gives an encoder the media of others."""
+        given = self._taken(slot, places)
 
-            return lambda encoder: encoder.register_forward_pre_hook(hook, with_kwargs=True)
+        def hook(_module: nn.Module, args: Any, _media: Any) -> tuple[Any, Any]:
+            return args, given
 
-        return _hooked(self.model, {slot: give(slot, wanted) for slot, wanted in places.items()})
+        return lambda encoder: _removed(encoder.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _recoded(
+        self, name: Intervention, slot: str, places: Sequence[Place], changed: Sequence[bool]
+    ) -> Attach:
+        """Exchanges the codes of what a codec reads; `changed` says which items of a call."""
+
+        def zero(_index: int, steps: int) -> Tensor:
+            return torch.zeros(steps, len(self._counts[slot].counts), dtype=torch.int64)
+
+        def noise(index: int, steps: int) -> Tensor:
+            return self._counts[slot].draw(steps, self._seed(slot, places[index]))
+
+        if name == "shuffled":
+            given: Codes = self._codecs[slot].encode(**self._taken(slot, places))
+            return partial(shadowed, change=partial(exchanged, changed=changed, given=given))
+        new = zero if name == "zeroed" else noise
+        return partial(shadowed, change=partial(rewritten, changed=changed, new=new))
 
     def _noise(self, places: Sequence[Place], features: Features) -> Features:
         """Noise of each place's own seed, so that the batch it falls into does not matter."""
         values = torch.zeros(features.values.shape)
         for row, valid, place in zip(values, features.mask.cpu(), places, strict=True):
             slot = self.media[place.sample][place.medium].slot
-            seed = slot_seed(self.seed, f"{slot}/{place.sample}/{place.medium}")
-            row[valid] = self._moments[slot].draw(int(valid.sum()), seed)
+            drawn = self._moments[slot].draw(int(valid.sum()), self._seed(slot, place))
+            row[valid] = drawn
         return features._replace(values=values.to(features.values))
+
+    def _seed(self, slot: str, place: Place) -> int:
+        return slot_seed(self.seed, f"{slot}/{place.sample}/{place.medium}")
 
 
 def _zero(_places: Sequence[Place], features: Features) -> Features:
@@ -232,19 +282,23 @@ def _after(change: Callable[[Features], Features | None]) -> Attach:
     def hook(_module: nn.Module, _args: Any, features: Features) -> Features | None:
         return change(features)
 
-    return lambda encoder: encoder.register_forward_hook(hook)
+    return lambda encoder: _removed(encoder.register_forward_hook(hook))
 
 
 @contextmanager
-def _hooked(model: XoronModel, attach: Mapping[str, Attach]) -> Iterator[None]:
-    handles = []
+def _removed(handle: Any) -> Iterator[None]:
     try:
-        for slot, to in attach.items():
-            handles.append(to(model.part(slot)))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+
+
+@contextmanager
+def _attached(model: XoronModel, attach: Mapping[str, Attach]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for slot, to in attach.items():
+            stack.enter_context(to(model.part(slot)))
+        yield
 
 
 def _tensors(processor: XoronProcessor, slot: str, items: Any) -> dict[str, Tensor]:
@@ -252,7 +306,9 @@ def _tensors(processor: XoronProcessor, slot: str, items: Any) -> dict[str, Tens
     return split_spans(processor.collate_media(slot, items))[1]
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def item_digest(processor: XoronProcessor, span: Span) -> str:
+    """A hash of what the part in a span's slot is given."""
+    tensors = _tensors(processor, span.slot, [span.item])
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

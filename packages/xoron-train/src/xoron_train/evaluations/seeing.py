@@ -1,9 +1,9 @@
 """Does a model use what it is shown? Its loss on expected answers with and without the right media.
 
 The loss alone hides blindness: a model can lower it by guessing from the text. So each conversation
-is judged four times: with its own media, with those of another sample, and with features that are
-zero or noise (see `interventions`). `shuffled` is the strictest of the three, because there media
-of the same kind stay in place and only what they show is wrong.
+is judged four times: with its own media, with those of another sample, and with features (of media
+that are ids: codes) that are zero or noise, see `interventions`. `shuffled` is the strictest of the
+three, because there media of the same kind stay in place and only what they show is wrong.
 
 A sample's loss is the mean in nats over what the assistant says in it; a comparison's figures are
 means over samples. All of them are independent of the batch size, up to rounding.
@@ -27,30 +27,24 @@ The record:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from xoron_core.components import LossTerm
-from xoron_core.errors import DataError, XoronError
-from xoron_core.losses import text_loss
-from xoron_core.media import write_codes
-from xoron_core.sequence import Plan, collate
-from xoron_train.conversation import Conversation
-from xoron_train.data.batches import to_device
-from xoron_train.evaluations.base import Evaluation
-from xoron_train.evaluations.comparison import compare
+from xoron_core.errors import DataError
+from xoron_core.sequence import Plan
+from xoron_train.conversation import Conversation, has_media
+from xoron_train.evaluations.base import Check, Evaluation
+from xoron_train.evaluations.comparison import compare, comparison_checks
 from xoron_train.evaluations.config import Gate, Intervention, SeeingConfig
 from xoron_train.evaluations.interventions import (
     Interventions,
-    encoder_slots,
     judging,
+    media_slots,
     naming,
 )
+from xoron_train.evaluations.plan_losses import plan_losses
 
 if TYPE_CHECKING:
     from xoron_core.model import XoronModel
@@ -77,6 +71,22 @@ class Seeing(Evaluation):
             seed=config.seed,
         )
 
+    def checks(self, record: Mapping[str, Any]) -> list[Check]:
+        """Wins and delta of each comparison that has a gate."""
+        gates = {name: getattr(self.config, name) for name in get_args(Intervention)}
+        return [
+            check
+            for name, gate in gates.items()
+            if gate is not None
+            for check in comparison_checks(name, record[name], gate)
+        ]
+
+    def suits(self, sample: Conversation) -> bool:
+        """Whether media are shown in it, and the assistant says or makes something."""
+        return any(
+            has_media(message) for message in sample.messages if message["role"] != "assistant"
+        )
+
 
 def evaluate_seeing(
     model: XoronModel,
@@ -97,7 +107,7 @@ def evaluate_seeing(
         processor: of the model.
         samples: conversations that end with what the assistant should say. Each is read more than
             once.
-        slots: encoders whose media are replaced; empty for all.
+        slots: encoders and codecs whose media are replaced; empty for all.
         gates: by intervention; by default one on `shuffled`, of 0.10 nats and 80 % wins.
         batch_size: conversations at once.
         seed: of who gets whose media, of the noise and of the intervals.
@@ -106,7 +116,7 @@ def evaluate_seeing(
         The record that this module describes.
 
     Raises:
-        ConfigError: for a slot without an encoder.
+        ConfigError: for a slot without an encoder or codec.
         DataError: if fewer than two samples have media, if nothing can be shuffled, if a sample
             cannot be read or has nothing that the assistant says.
         XoronError: if a loss is not finite.
@@ -117,7 +127,7 @@ def evaluate_seeing(
         with naming(samples[index]):
             return processor.plan(samples[index].messages, train=True)
 
-    shown = Interventions(model, processor, plan, slots=encoder_slots(model, slots), seed=seed)
+    shown = Interventions(model, processor, plan, slots=media_slots(model, slots), seed=seed)
     with judging(model, seed=seed):
         correct, said = _correct(shown, samples, batch_size)
         shown.shuffle(said)
@@ -141,20 +151,20 @@ def evaluate_seeing(
 
 def _correct(
     shown: Interventions, samples: Sequence[Conversation], size: int
-) -> tuple[np.ndarray, list[tuple[int, ...]]]:
-    """(n,) losses as they are, and the ids that the assistant says.
+) -> tuple[np.ndarray, list[tuple[int | str, ...]]]:
+    """(n,) losses as they are, and the ids and digests of media that the assistant says.
 
     Samples without media are not judged: their loss is NaN.
     """
     losses = np.full(len(samples), np.nan)
-    said: list[tuple[int, ...]] = [()] * len(samples)
+    said: list[tuple[int | str, ...]] = [()] * len(samples)
     for start in range(0, len(samples), size):
         plans = shown.read(range(start, min(start + size, len(samples))))
         if plans:
             with shown.observed():
                 losses[list(plans)] = _losses(shown, samples, plans)
         for index, plan in plans.items():
-            said[index] = tuple(plan.input_ids[plan.learned].tolist())
+            said[index] = (*plan.input_ids[plan.learned].tolist(), *shown.made(plan))
     return losses, said
 
 
@@ -172,7 +182,7 @@ def _comparable(shown: Interventions) -> dict[Intervention, list[int]]:
     if len(kept["zeroed"]) < 2:
         raise DataError(
             f"seeing compares what samples show: {len(kept['zeroed'])} of {total} conversations"
-            f" have media for {', '.join(shown.slots) or 'an encoder'}; give two or more"
+            f" have media for {', '.join(shown.slots) or 'an encoder or a codec'}; give two or more"
         )
     if not kept["shuffled"]:
         raise DataError(
@@ -200,48 +210,5 @@ def _losses(
     shown: Interventions, samples: Sequence[Conversation], plans: Mapping[int, Plan]
 ) -> list[float]:
     """Mean nats of each plan over what the assistant says."""
-    batch = collate(
-        list(plans.values()),
-        pad_id=getattr(shown.processor.tokenizer, "pad_token_id", None) or 0,
-        train=True,
-        gather_items=shown.processor.collate_media,
-    )
-    losses = []
-    for index, term in zip(plans, sample_losses(shown.model, batch), strict=True):
-        name, count = samples[index].name, float(term.count)
-        if not count:
-            raise DataError(
-                f"conversation {name!r}: the assistant says nothing in it; expected an answer at"
-                " its end"
-            )
-        losses.append(float(term.sum) / count)
-        if not math.isfinite(losses[-1]):
-            raise XoronError(f"seeing: the loss on conversation {name!r} is {losses[-1]}")
-    return losses
-
-
-@torch.no_grad()
-def sample_losses(model: XoronModel, batch: Mapping[str, Any]) -> list[LossTerm]:
-    """The text loss of each row of a batch, as a sum in nats and a count.
-
-    Args:
-        model: in evaluation mode.
-        batch: as the processor makes it to train, on any device.
-    """
-    moved = to_device(batch, model.device)
-    documents = moved["document_ids"]
-    _, written = write_codes(model, moved.get("media", {}), moved["input_ids"], moved.pop("labels"))
-    labels = cast(Tensor, written)
-    backbone = model.need_backbone()
-    # Without labels the model makes logits; those of one position are the fewest it makes.
-    hidden = cast(Tensor, model(**moved, use_cache=False, logits_to_keep=1).hidden)
-    return [
-        text_loss(
-            hidden[row : row + 1],
-            labels[row : row + 1],
-            backbone.logits,
-            head=backbone.linear_head(),
-            document_ids=documents[row : row + 1],
-        )
-        for row in range(len(hidden))
-    ]
+    names = [samples[index].name for index in plans]
+    return plan_losses(shown.model, shown.processor, list(plans.values()), names=names)

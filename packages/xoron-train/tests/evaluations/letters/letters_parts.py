@@ -2,7 +2,8 @@
 
 Text means nothing to it, but for a capital letter that is said, which ends the answer. Shown one
 letter, it says that letter with a probability that `gain` decides: near 1 for 8, as any other for
-0, near 0 for -8.
+0, near 0 for -8. A word may also come in as ids of a codec, one for each letter, and be made so: a
+small letter that the user writes asks for the word of that one letter.
 
 Shapes: M words, L letters of the longest, E = 26, D rows of the token space, B rows, N positions.
 """
@@ -17,10 +18,20 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from xoron_core.components import Backbone, BackboneOutput, Encoder, Features, Projector
+from xoron_core.components import (
+    Backbone,
+    BackboneOutput,
+    Codec,
+    CodecRange,
+    Codes,
+    Encoder,
+    Features,
+    Projector,
+)
 from xoron_core.config import Config
 from xoron_core.errors import DataError
 
+CODEC = "xoron-letters/letters"
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -34,10 +45,17 @@ class LetterProjectorConfig(Config):
     gain: float = 8.0
 
 
+class LetterCodecConfig(Config):
+    """Nothing to choose."""
+
+
 class SpellerConfig(Config):
-    """How much a letter said adds to the logit of the end."""
+    """How much a letter said adds to the logit of the end, of the answer or of the word; a letter
+    shown as an id to that of the letter said; a small letter written to that of the letter made."""
 
     end: float = 16.0
+    reads: float = 8.0
+    asked: float = 8.0
 
 
 def load(media: str) -> str:
@@ -105,6 +123,35 @@ class LetterProjector(Projector):
         return features._replace(values=self.layer(features.values))
 
 
+class LetterCodec(Codec):
+    """A letter to its index; a word of one to three letters to their indices."""
+
+    def __init__(self, config: LetterCodecConfig, context: Any) -> None:
+        super().__init__(config, context)
+        self.table = nn.Parameter(torch.arange(26.0))
+
+    @classmethod
+    def processor(cls, config: LetterCodecConfig) -> LetterProcessor:
+        return LetterProcessor()
+
+    @classmethod
+    def ranges(cls, config: LetterCodecConfig) -> list[CodecRange]:
+        return [CodecRange(CODEC, 0, len(ALPHABET), "letters", None, "word")]
+
+    @classmethod
+    def frame_limits(cls, config: LetterCodecConfig) -> tuple[int, int]:
+        return 1, 3
+
+    def encode(self, letters: Tensor) -> Codes:
+        return Codes(letters.clamp(min=0)[..., None], letters >= 0, [{} for _ in letters])
+
+    def decode(self, ids: Tensor, metadata: Any) -> Tensor:
+        return self.table[ids[0, :, 0]]
+
+    def dummy_batch(self) -> dict[str, Tensor]:
+        return {"letters": torch.zeros(1, 1, dtype=torch.int64)}
+
+
 class SpellerModel(nn.Module):
     """Ids to logits of their own."""
 
@@ -135,6 +182,13 @@ class Speller(Backbone):
         rows = context.space.size
         self.hidden_size = rows
         self.model = SpellerModel(rows, context.space.id_of("<|/assistant|>"), config.end)
+        if any(found.name == f"{CODEC}:0" for found in context.space.ranges):
+            first = context.space.range(f"{CODEC}:0").start
+            weight, end_id = self.model.embedding.weight.data, context.space.id_of("<|/gen_word|>")
+            for code, letter in enumerate(ALPHABET, first):
+                weight[code, ord(letter)] = config.reads
+                weight[ord(letter.lower()), code] = config.asked
+                weight[code, end_id] = config.end
 
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.model.embedding(input_ids)

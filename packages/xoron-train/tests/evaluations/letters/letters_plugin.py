@@ -26,6 +26,7 @@ def xoron_components() -> list[Component]:
     return [
         part("encoder", "letters", "word", "LetterEncoder"),
         part("projector", "letters", "word", "LetterProjector"),
+        part("codec", "letters", "word", "LetterCodec"),
         part("backbone", "speller", "text", "Speller"),
     ]
 

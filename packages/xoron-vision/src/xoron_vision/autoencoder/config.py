@@ -6,13 +6,12 @@ its sizes; those of a new autoencoder get theirs from `measure_scale`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from xoron_core.config import Config
+from xoron_core.config import Config, read_json
 from xoron_core.errors import ConfigError
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
@@ -258,17 +257,14 @@ def read_folder(path: str, classes: tuple[str, ...]) -> dict[str, Any]:
         ConfigError: if there is none, or of another class.
     """
     file = Path(path) / "config.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"{file}: cannot be read ({error}); path must be the folder of a diffusers autoencoder,"
-            " in a pipeline its sub-folder `vae`; `hf download NAME --local-dir DIR` fetches one"
-        ) from None
-    name = data.get("_class_name") if isinstance(data, dict) else None
-    if name not in classes:
+    expected = (
+        "path must be the folder of a diffusers autoencoder, in a pipeline its sub-folder `vae`;"
+        " `hf download NAME --local-dir DIR` fetches one"
+    )
+    data = read_json(file, what="autoencoder", expected=expected)
+    if (name := data.get("_class_name")) not in classes:
         raise ConfigError(f"{file}: is of class {name!r}, expected {' or '.join(classes)}")
-    return dict(data)
+    return data
 
 
 def kl_fields(path: str, data: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import model_validator
 
+from xoron_core.config import read_json
 from xoron_core.errors import ConfigError
 from xoron_vision.codec.config import ImageCodecConfig
 from xoron_vision.config import Preprocess
@@ -153,14 +153,5 @@ def read_preprocess(path: str) -> dict[str, Any]:
 
 
 def _read(path: str, name: str) -> dict[str, Any]:
-    file = Path(path) / name
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"{file}: cannot be read ({error}); path must be the folder of an image tokenizer of"
-            " transformers, or of a whole model with one"
-        ) from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file}: holds no mapping")
-    return data
+    expected = "path must be the folder of a transformers image tokenizer or of a model with one"
+    return read_json(Path(path) / name, what="hf-vq", expected=expected)

@@ -17,7 +17,7 @@ Footguns:
 from __future__ import annotations
 
 from math import isqrt
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from xoron_core.config import Config
 from xoron_core.errors import ConfigError, did_you_mean
 from xoron_train.conversation import HELD_OUT, TRAIN, Conversation
-from xoron_train.tasks.digits.questions import ASKED, TAUGHT, Question, ask, label
+from xoron_train.tasks.digits.questions import ASKED, Question, ask, label
 from xoron_train.tasks.digits.scans import scans
 from xoron_train.tasks.digits.scenes import Scene, draw_scene, render
 
@@ -50,7 +50,7 @@ class DigitsOptions(Config):
 
     seed: int = Field(default=0, ge=0)
     samples: int = Field(default=1_000_000, ge=1)
-    questions: tuple[Taught, ...] = tuple(TAUGHT)
+    questions: tuple[Taught, ...] = get_args(Taught)
     grey: float = Field(default=0.5, ge=0, le=1)
     labelled: int = Field(default=0, ge=0)
 
