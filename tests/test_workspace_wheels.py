@@ -18,6 +18,7 @@ import pytest
 DATA = {
     "xoron-core": {".json", ".jinja", ".tmpl"},
     "xoron-llm": {".yaml"},
+    "xoron-audio": {".yaml"},
     "xoron-train": {".yaml"},
     "xoron-vision": {".yaml"},
 }

@@ -1,0 +1,1 @@
+"""Audio to discrete ids and back: codecs for sequences of one token space."""
