@@ -27,6 +27,7 @@ from typing import Any
 PACKAGES = {
     "llm": "xoron_llm",
     "vision": "xoron_vision",
+    "audio": "xoron_audio",
     "train": "xoron_train",
     "toy": "xoron_toy",
 }
@@ -66,6 +67,12 @@ MODALITIES = {
         {"encoder": {"use": "siglip", "preset": "tiny"}},
         {"projector": {"use": "perceiver", "preset": "tiny"}},
         libraries=frozenset({"PIL"}),
+    ),
+    "audio": Modality(
+        "audio",
+        {"codec": {"use": "rvq-audio", "preset": "tiny"}},
+        trains="codec",
+        libraries=frozenset({"soundfile"}),
     ),
     "toy": Modality(
         "signal",

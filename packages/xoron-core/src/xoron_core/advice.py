@@ -29,6 +29,7 @@ _COMPONENTS = {
     "loss/patch-gan": "xoron-vision",
     "autoencoder/vidtok": "xoron-video",
     "codec/rvq-audio": "xoron-audio",
+    "codec/hf-audio": "xoron-audio",
     "generator/moe-dit": "xoron-gen",
 }
 _SLOTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from xoron_core.storage import write_tensors
 
 
 class MadeMedia:
-    """The media of one answer, as tensors named `image.0`, `image.1`, `audio.0`, ..."""
+    """The media of one answer, as tensors named `image.0`, `image.1`, ...
+
+    A medium of several fields has one for each: `audio.0.samples`, `audio.0.rate`.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.count: Counter[str] = Counter()
 
     def add(self, event: MediaOut) -> None:
         """Adds a medium, as its codec's `decode` or its generator's `sample` gave it.
@@ -25,16 +30,16 @@ class MadeMedia:
         Raises:
             PluginError: if that is no array of numbers.
         """
-        medium: Any = event.media
+        name = f"{event.modality}.{self.count[event.modality]}"
         try:
-            tensor = torch.as_tensor(medium)
+            found = _tensors(event.media, name)
         except (TypeError, ValueError, RuntimeError):
             raise PluginError(
-                f"{event.modality} is made as {type(medium).__name__}, which is no array and cannot"
-                " be written here; use xoron_core.Session"
+                f"{event.modality} is made as {type(event.media).__name__}, which is no array and"
+                " cannot be written here; use xoron_core.Session"
             ) from None
-        number = sum(name.startswith(f"{event.modality}.") for name in self.tensors)
-        self.tensors[f"{event.modality}.{number}"] = tensor.cpu()
+        self.count[event.modality] += 1
+        self.tensors |= found
 
     def data(self) -> list[dict[str, Any]]:
         """Name and shape of each, in order."""
@@ -50,3 +55,13 @@ class MadeMedia:
             write_tensors(path, self.tensors)
         except OSError as error:
             raise FolderError(f"{path}: cannot be written ({error})") from None
+
+
+def _tensors(medium: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of a medium; codecs that make media of many lengths give a list of one."""
+    if isinstance(medium, list) and len(medium) == 1:
+        medium = medium[0]
+    if hasattr(medium, "_asdict"):
+        fields = medium._asdict().items()
+        return {f"{name}.{field}": torch.as_tensor(value).cpu() for field, value in fields}
+    return {name: torch.as_tensor(medium).cpu()}
