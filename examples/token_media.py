@@ -16,9 +16,16 @@ digit, and from the digit to the medium. The demo prints
 
 and the task's suite of gates (as `xoron gate` does: what is made is legal and decodes, the model
 uses what it is shown and told), and leaves in the output folder the untrained model, `codec/model`
-and `run/model` (`xoron generate` opens it: xoron generate run/model "Draw a 7." --make image). The
-exit code is 1 if a goal is missed. `--smoke` makes a few steps, to see that everything runs; it
+and `run/model`, with which `xoron generate` works:
+
+    xoron generate run/model "Draw a 7." --make image -o 7.safetensors
+    xoron generate run/model "Say 7." --make audio --sampling audio.temperature=0.5 -o 7.safetensors
+    xoron generate run/model "Which digit is said?" --media audio=digit.wav
+
+The exit code is 1 if a goal is missed. `--smoke` makes a few steps, to see that everything runs; it
 judges nothing.
+
+Footgun: greedy speech drags on to the longest that is allowed; sample it.
 """
 
 from __future__ import annotations
