@@ -291,6 +291,7 @@ def test_media_that_the_model_does_not_take_are_named(new_model: Callable[..., P
         Cursor(opened, seed=0, eval_fraction=0.0, max_unreadable=0.5).next()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [TRAIN, HELD_OUT])
 def test_workers_change_nothing(processor: XoronProcessor, wanted: str) -> None:
     conversations = [Conversation(str(n), shows(grid(n % 9), grid(n))) for n in range(24)]

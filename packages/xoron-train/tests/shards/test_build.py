@@ -172,6 +172,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     assert complete == bytes_of(shards)
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same_bytes(
     talks: Any, model: Path, lines: Path, shards: Path, tmp_path: Path
 ) -> None:
