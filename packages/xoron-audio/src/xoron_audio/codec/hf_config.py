@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +9,7 @@ from typing import Any, Self
 from pydantic import PositiveInt, model_validator
 
 from xoron_audio.codec.config import AudioCodecConfig
+from xoron_core.config import read_json
 from xoron_core.errors import ConfigError
 
 # By model_type, the classes of transformers that `hf-audio` takes, and the values that their
@@ -188,14 +188,8 @@ def read_codec_config(path: str) -> dict[str, Any]:
         ConfigError: if there is none, or it is of something else.
     """
     file = Path(path) / "config.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"{file}: cannot be read ({error}); path must be the folder of an audio codec of"
-            " transformers"
-        ) from None
-    found = data.get("model_type") if isinstance(data, dict) else None
-    if found not in CODEC_CLASSES:
+    expected = "path must be the folder of an audio codec of transformers"
+    data = read_json(file, what="hf-audio", expected=expected)
+    if (found := data.get("model_type")) not in CODEC_CLASSES:
         raise ConfigError(f"{file}: is of {found!r}, expected one of {', '.join(CODEC_CLASSES)}")
-    return dict(data)
+    return data
