@@ -5,6 +5,9 @@ medium that does not decode, one of numbers that are not finite.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import pytest
 import torch
 
@@ -109,8 +112,20 @@ def test_each_broken_answer_is_counted(coder, makes, monkeypatch, break_it, word
     assert words in record["faults"][0]
 
 
-@pytest.mark.parametrize("raised", [False, True])
-def test_what_does_not_decode_is_counted(coder, makes, monkeypatch, raised):
+class Recording(NamedTuple):
+    samples: np.ndarray
+    rate: int
+
+
+NAN = torch.tensor([float("nan")])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [None, NAN, [Recording(NAN.numpy(), 8000)], Recording(np.zeros((1, 0)), 8000)],
+    ids=["raised", "tensor", "array inside", "nothing inside"],
+)
+def test_what_does_not_decode_is_counted(coder, makes, monkeypatch, broken):
     model, processor = coder()
     codec = type(model.part("word.codec"))
     decode = codec.decode
@@ -118,15 +133,15 @@ def test_what_does_not_decode_is_counted(coder, makes, monkeypatch, raised):
     def some(self, ids, metadata):
         if int(ids[0, 0, 0]) != 2:  # every word but C
             return decode(self, ids, metadata)
-        if raised:
+        if broken is None:
             raise DataError("no such letter")
-        return torch.tensor([float("nan")])
+        return broken
 
     monkeypatch.setattr(codec, "decode", some)
     record = evaluate_making(model, processor, asked(makes), max_new_tokens=4, batch_size=4)
     assert record["decoded"] == 7 / 8
     assert record["out_of_range"] == 0
-    expected = "no such letter" if raised else "not finite"
+    expected = "no such letter" if broken is None else "not finite"
     assert record["faults"][0].startswith("c-A: ")
     assert expected in record["faults"][0]
 

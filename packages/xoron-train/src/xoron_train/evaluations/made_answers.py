@@ -22,6 +22,7 @@ from xoron_core.grammar import Grammar
 from xoron_core.pieces import CodedPiece, TextPiece
 from xoron_core.sampling import Sampling, text_rows
 from xoron_core.session import Session
+from xoron_core.testing.tensors import named, not_finite
 from xoron_train.conversation import Conversation
 from xoron_train.data.batches import to_device
 
@@ -194,11 +195,10 @@ class Maker:
 
 
 def _is_sound(medium: Any) -> bool:
-    """Whether there is something, and all numbers in it are finite."""
-    if isinstance(medium, Tensor):
-        return medium.numel() > 0 and bool(torch.isfinite(medium).all())
-    if isinstance(medium, Mapping):
-        return bool(medium) and all(map(_is_sound, medium.values()))
-    if isinstance(medium, list | tuple):
-        return bool(medium) and all(map(_is_sound, medium))
-    return medium is not None
+    """Whether there is something, and all numbers in it are finite, however deep they lie."""
+    arrays = named(medium)
+    if not arrays:  # nothing to judge: what is opaque counts, what is empty does not
+        return medium is not None and (
+            not isinstance(medium, Mapping | Sequence) or len(medium) > 0
+        )
+    return all(array.numel() for array in arrays.values()) and not not_finite(arrays)
